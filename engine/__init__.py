@@ -1,0 +1,1 @@
+"""Token ids in, tokens out. Knows torch and Transformers; knows no HTTP, no SQL, no settings."""
