@@ -112,9 +112,7 @@ def find_model(name: str | None) -> ModelSource:
     try:
         return ModelSource(DEFAULT_MODEL, hub_folder(DEFAULT_MODEL))
     except ModelUnavailableError as error:
-        log.warning(
-            "%s; running on the small bundled model %s instead", error, BUNDLED_MODEL.name
-        )
+        log.warning("%s; running on the small bundled model %s instead", error, BUNDLED_MODEL.name)
         return ModelSource(BUNDLED_MODEL.name, BUNDLED_MODEL, substitute=True)
 
 

@@ -1,4 +1,4 @@
-"""What a caller asks of one generation, and what comes back. Plain data: no torch, no text rules."""
+"""What a caller asks of one generation, and what comes back: plain data, without torch."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -36,7 +36,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """A model's own generation configuration, as Transformers' text-generation pipeline reads it."""
+    """A model's own generation configuration, as Transformers' pipeline reads it."""
 
     temperature: float
     top_k: int

@@ -135,7 +135,9 @@ class Trainer:
         self.valid_bytes = sum(len(text.encode()) for text in corpus.valid)
         self.model = new_model(args, self.tokenizer).to(self.device)
         self.optimizers = new_optimizers(self.model, args.rate)
-        self.loss = torch.compile(self.plain_loss, dynamic=False) if args.compile else self.plain_loss
+        self.loss = (
+            torch.compile(self.plain_loss, dynamic=False) if args.compile else self.plain_loss
+        )
         self.step, self.best, self.stale = 0, math.inf, 0
         if self.checkpoint.exists():
             self.resume()
@@ -219,9 +221,7 @@ def save_atomically(state: object, path: Path) -> None:
 
 
 @torch.no_grad()
-def bits_per_byte(
-    model: GPT2LMHeadModel, stream: torch.Tensor, n_bytes: int, window: int
-) -> float:
+def bits_per_byte(model: GPT2LMHeadModel, stream: torch.Tensor, n_bytes: int, window: int) -> float:
     """Bits the model needs for the whole stream, a byte of its text.
 
     Windows of ``window`` tokens overlap by half: a token is counted once, with at least half a

@@ -1,0 +1,1 @@
+"""One router a capability: a request validated, a service called, its result shaped."""

@@ -1,0 +1,29 @@
+"""What routes ask for: a session, the owner, the services that the lifespan built."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+from sqlalchemy.orm import Session
+
+from database import get_db
+from models import LOCAL_OWNER
+from services.generation import GenerationService
+
+# With "function" the session is closed before the answer is sent, not after.
+DbSession = Annotated[Session, Depends(get_db, scope="function")]
+
+
+async def get_owner() -> str:
+    """Whose rows this request may see: everybody is the machine's owner while there are no keys."""
+    return LOCAL_OWNER
+
+
+Owner = Annotated[str, Depends(get_owner)]
+
+
+async def get_generation_service(request: Request) -> GenerationService:
+    service: GenerationService = request.app.state.generation
+    return service
+
+
+Generation = Annotated[GenerationService, Depends(get_generation_service)]

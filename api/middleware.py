@@ -1,0 +1,114 @@
+"""What surrounds every request: its id, its log line, a bound on its body, and a last resort."""
+
+import logging
+import re
+import time
+import uuid
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import log as logs
+import metrics
+from api.errors import render
+
+log = logging.getLogger(__name__)
+
+SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestContext:
+    """Give the request an id, log and count it, and answer 500 for what nobody handled."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        token = logs.request_id.set(request_id)
+        began, status = time.perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request failed")
+            if status:
+                raise  # the answer has begun: only a cut connection is honest
+            answer = render(500, "internal_error", "Something went wrong on our side.")
+            await answer(scope, receive, send_with_id)
+        finally:
+            report(scope, status, time.perf_counter() - began)
+            logs.request_id.reset(token)
+
+
+def report(scope: Scope, status: int, seconds: float) -> None:
+    """One log line and the counters of a request, by its route's template: a path has ids."""
+    route = getattr(scope.get("route"), "path", "unknown")
+    metrics.REQUESTS.labels(route, scope["method"], status).inc()
+    metrics.LATENCY.labels(route).observe(seconds)
+    level = logging.DEBUG if status < 400 else logging.INFO
+    logs.event(
+        log,
+        level,
+        "request",
+        method=scope["method"],
+        route=route,
+        status=status,
+        ms=round(seconds * 1000, 1),
+    )
+
+
+class BodyLimit:
+    """Answer 413 for a body over ``app.state.max_body_bytes``, read to its end but not kept."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = scope["app"].state.max_body_bytes
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if message["type"] != "http.request" or received <= limit:
+                return message
+            # A client that is still sending would not see an answer: let it finish, up to a point.
+            while message.get("more_body") and received <= limit * 64:
+                message = await receive()
+                received += len(message.get("body", b""))
+            raise HTTPException(413, f"The body is larger than {limit} bytes.")
+
+        await self.app(scope, bounded, send)
+
+
+class OneLineStartError:
+    """Let the server print why the start failed, not the trace of how."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def shortened(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                line = message.get("message", "").strip().rpartition("\n")[2]
+                message["message"] = line.removeprefix("errors.StartError: ")
+            await send(message)
+
+        await self.app(scope, receive, shortened if scope["type"] == "lifespan" else send)

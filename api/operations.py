@@ -1,0 +1,33 @@
+"""Is it alive, is it ready, how much has it done."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from services import readiness
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """The process answers. On the event loop: it needs no free thread."""
+    return {"status": "alive"}
+
+
+@router.get("/health/ready", responses={503: {"description": "Not ready, with the reasons"}})
+def ready(request: Request, response: Response) -> dict[str, Any]:
+    """The database takes writes and the model is loaded."""
+    state = request.app.state
+    report = readiness.report(state.lease, state.models)
+    if report["status"] != "ready":
+        response.status_code = 503
+        response.headers["Retry-After"] = "2"
+    return report
+
+
+@router.get("/metrics", response_class=Response)
+async def prometheus_metrics() -> Response:
+    """Counters in Prometheus' text format."""
+    return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

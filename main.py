@@ -1,0 +1,89 @@
+"""The AI Database Service: text generation that never forgets.
+
+This module is the app: what the lifespan builds, the two headline routes, and what else is
+included. Importing it loads no model, opens no database and starts no thread.
+"""
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio.to_thread
+from fastapi import FastAPI
+
+import log
+from api import history as history_routes
+from api import operations
+from api.dependencies import DbSession, Generation, Owner
+from api.errors import add_handlers, responses
+from api.history import RecordId
+from api.middleware import BodyLimit, OneLineStartError, RequestContext
+from database import Database
+from models import GenerateRequest, GenerationRecord, Record
+from services import history
+from services.content_filter import ContentFilter
+from services.generation import GenerationService
+from services.leases import LeaseKeeper
+from services.model_host import ModelHost
+from settings import load_settings
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Build everything once, hand it to the routes on ``app.state``, and take it down again."""
+    settings = load_settings()
+    log.configure(settings.log_format, settings.log_level)
+    anyio.to_thread.current_default_thread_limiter().total_tokens = settings.request_threads
+    database = Database(settings.database_url, settings.database_timeout_seconds)
+    database.migrate()
+    lease = LeaseKeeper(database)
+    lease.start()
+    models = ModelHost(
+        settings.model, settings.dtype, settings.device, settings.max_waiting, stop_process
+    )
+    models.start()
+    app.state.database, app.state.lease, app.state.models = database, lease, models
+    app.state.max_body_bytes = settings.max_body_bytes
+    app.state.generation = GenerationService(
+        models, ContentFilter(settings.forbidden_words), lease, settings.request_timeout_seconds
+    )
+    yield
+    models.close()
+    lease.stop()
+    database.close()
+
+
+def stop_process() -> None:
+    """Let the server shut down in order; its exit status says that it was not asked to."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+app = FastAPI(
+    title="AI Database Service",
+    description="Text generation that never forgets: every prompt and output is kept.",
+    version="0.1.0",
+    lifespan=lifespan,
+)
+add_handlers(app)
+app.add_middleware(BodyLimit)
+app.add_middleware(RequestContext)
+app.add_middleware(OneLineStartError)
+
+
+@app.post("/generate", response_model=Record, responses=responses(400, 413, 500, 503, 504))
+def generate(
+    request: GenerateRequest, session: DbSession, owner: Owner, service: Generation
+) -> GenerationRecord:
+    """Continue a prompt. The record is stored before it is answered."""
+    return service.generate(session, owner, request)
+
+
+@app.get("/history/{record_id}", response_model=Record, responses=responses(404, 503))
+def get_record(record_id: RecordId, session: DbSession, owner: Owner) -> GenerationRecord:
+    """One record, as it was answered."""
+    return history.get(session, owner, record_id)
+
+
+app.include_router(history_routes.router)
+app.include_router(operations.router)

@@ -1,0 +1,77 @@
+"""Create generation_records and leases.
+
+A migration never imports the models: it must mean the same when they have moved on.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import mysql
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+LONG_TEXT = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+OPTIONS = {
+    "sqlite_autoincrement": True,
+    "mysql_charset": "utf8mb4",
+    "mysql_collate": "utf8mb4_bin",
+    "mariadb_charset": "utf8mb4",
+    "mariadb_collate": "utf8mb4_bin",
+}
+
+
+def upgrade() -> None:
+    op.create_table(
+        "leases",
+        sa.Column("id", ID, primary_key=True),
+        sa.Column("beat", sa.BigInteger, nullable=False),
+        sa.Column("machine", sa.String(100), nullable=False),
+        sa.Column("process", sa.String(100), nullable=False),
+        **OPTIONS,
+    )
+    op.create_table(
+        "generation_records",
+        sa.Column("id", ID, primary_key=True),
+        sa.Column("owner_id", sa.String(64), nullable=False),
+        sa.Column("user_id", sa.String(200)),
+        sa.Column("conversation_id", sa.BigInteger),
+        sa.Column("status", sa.String(16), nullable=False),
+        sa.Column("finish_reason", sa.String(16)),
+        sa.Column("prompt", LONG_TEXT, nullable=False),
+        sa.Column("completion", LONG_TEXT, nullable=False),
+        sa.Column("model_name", sa.String(200), nullable=False),
+        sa.Column("model_fingerprint", sa.String(16), nullable=False),
+        sa.Column("dtype", sa.String(16), nullable=False),
+        sa.Column("parameters", sa.JSON, nullable=False),
+        sa.Column("seed", sa.BigInteger, nullable=False),
+        sa.Column("prompt_tokens", sa.Integer, nullable=False),
+        sa.Column("completion_tokens", sa.Integer, nullable=False),
+        sa.Column("duration_ms", sa.Integer),
+        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("lease_id", sa.BigInteger),
+        **OPTIONS,
+    )
+    for name, column in (
+        ("ix_records_user", "user_id"),
+        ("ix_records_status", "status"),
+        ("ix_records_model", "model_name"),
+        ("ix_records_created", "created_at"),
+    ):
+        op.create_index(name, "generation_records", ["owner_id", column, "id"])
+    op.create_index("ix_records_owner", "generation_records", ["owner_id", "id"])
+    op.create_index(
+        "ix_records_open",
+        "generation_records",
+        ["lease_id"],
+        sqlite_where=sa.text("lease_id IS NOT NULL"),
+        postgresql_where=sa.text("lease_id IS NOT NULL"),
+    )
+
+
+def downgrade() -> None:
+    op.drop_table("generation_records")
+    op.drop_table("leases")

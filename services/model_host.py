@@ -1,0 +1,100 @@
+"""The model this process serves: loading, ready, or failed with a reason.
+
+The model is loaded in a thread of its own, so that the port is open and the history readable
+meanwhile.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from errors import ModelNotReadyError
+from log import event
+
+if TYPE_CHECKING:  # importing torch takes seconds; the loading thread does it
+    from engine.engine import Engine
+    from engine.loading import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+class ModelHost:
+    """Loads one model. ``on_failure`` is called when a model that somebody named did not load."""
+
+    def __init__(
+        self,
+        name: str | None,
+        dtype: str,
+        device: str,
+        max_waiting: int,
+        on_failure: Callable[[], None],
+    ) -> None:
+        self.name, self.dtype, self.device = name, dtype, device
+        self.max_waiting = max_waiting
+        self.on_failure = on_failure
+        self.engine: Engine | None = None
+        self.model: LoadedModel | None = None
+        self.failure: str | None = None
+        self.closed = False
+        self.lock = threading.Lock()
+        self.thread = threading.Thread(target=self.load, name="load-model", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def load(self) -> None:
+        began = time.monotonic()
+        from engine.engine import Engine
+        from engine.loading import ModelUnavailableError, load_model
+
+        try:
+            model = load_model(self.name, self.dtype, self.device)
+        except ModelUnavailableError as error:
+            self.fail(str(error))
+            return
+        except Exception as error:
+            log.exception("the model did not load")
+            self.fail(f"the model did not load ({type(error).__name__})")
+            return
+        with self.lock:
+            if self.closed:
+                return
+            self.model, self.engine = model, Engine(model, max_waiting=self.max_waiting)
+        event(
+            log,
+            logging.INFO,
+            "model ready",
+            model=model.name,
+            dtype=model.dtype,
+            device=model.device,
+            context=model.context_size,
+            seconds=round(time.monotonic() - began, 2),
+        )
+
+    def fail(self, reason: str) -> None:
+        self.failure = reason
+        event(log, logging.ERROR, reason)
+        if self.name is not None:
+            self.on_failure()
+
+    def running(self) -> tuple["LoadedModel", "Engine"]:
+        """Raises ModelNotReadyError, with the reason."""
+        if (reason := self.unready()) is not None:
+            raise ModelNotReadyError(f"The model is not ready: {reason}.")
+        assert self.model is not None
+        assert self.engine is not None
+        return self.model, self.engine
+
+    def unready(self) -> str | None:
+        """Why the model cannot be used now, in words that a client may see; None when it can."""
+        if self.engine is not None:
+            return None if self.engine.healthy else "it stopped after an error"
+        return "it is still loading" if self.failure is None else "it did not load"
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+        if self.engine is not None:
+            self.engine.close(timeout=5.0)
