@@ -6,10 +6,12 @@ included. Importing it loads no model, opens no database and starts no thread.
 
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio.to_thread
+import uvicorn
 from fastapi import FastAPI
 
 import log
@@ -20,6 +22,7 @@ from api.errors import add_handlers, responses
 from api.history import RecordId
 from api.middleware import BodyLimit, OneLineStartError, RequestContext
 from database import Database
+from errors import StartError
 from models import GenerateRequest, GenerationRecord, Record
 from services import history
 from services.content_filter import ContentFilter
@@ -59,6 +62,15 @@ def stop_process() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def serve() -> None:
+    """`make run`: uvicorn on the settings' address."""
+    try:
+        settings = load_settings()
+    except StartError as error:
+        sys.exit(str(error))
+    uvicorn.run("main:app", host=settings.host, port=settings.port, timeout_graceful_shutdown=30)
+
+
 app = FastAPI(
     title="AI Database Service",
     description="Text generation that never forgets: every prompt and output is kept.",
@@ -87,3 +99,7 @@ def get_record(record_id: RecordId, session: DbSession, owner: Owner) -> Generat
 
 app.include_router(history_routes.router)
 app.include_router(operations.router)
+
+
+if __name__ == "__main__":
+    serve()

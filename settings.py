@@ -23,34 +23,45 @@ class Settings(BaseSettings):
         None, description="a model hub id or a folder; unset: gpt2, else the bundled model"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="number format of the model: auto, float32 or bfloat16"
+        "auto", description="auto, float32 or bfloat16: the model's number format"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where the model runs: auto, cpu or cuda"
+        "auto", description="auto, cpu or cuda: where the model runs"
     )
     forbidden_words: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("hate", "violence"), description="prompts with these words are refused; commas between"
+        ("hate", "violence"), description="words, commas between: prompts with them are refused"
     )
     max_waiting: int = Field(
-        256, ge=1, le=100_000, description="generations that may wait or run before 503"
+        256,
+        ge=1,
+        le=100_000,
+        description="1 to 100000: generations that may wait or run before 503",
     )
     request_timeout_seconds: float = Field(
-        120.0, gt=0, le=86_400, description="longest a request may take before 504"
+        120.0, gt=0, le=86_400, description="seconds, up to 86400: longest a generation may take"
     )
     request_threads: int = Field(
-        400, ge=8, le=10_000, description="threads for requests; keep it above MAX_WAITING"
+        400,
+        ge=8,
+        le=10_000,
+        description="8 to 10000: threads for requests; keep it above MAX_WAITING",
     )
-    max_body_bytes: int = Field(1_048_576, ge=1024, description="largest request body")
+    max_body_bytes: int = Field(
+        1_048_576, ge=1024, description="bytes, 1024 or more: the largest request body"
+    )
     database_timeout_seconds: float = Field(
-        5.0, gt=0, le=600, description="longest wait for a database lock or connection"
+        5.0, gt=0, le=600, description="seconds, up to 600: longest wait for the database"
     )
     log_format: Literal["console", "json"] = Field(
-        "console", description="console: a readable line; json: one JSON object a line"
+        "console", description="console (a readable line) or json (one JSON object a line)"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="DEBUG, INFO, WARNING or ERROR"
     )
-    port: int = Field(8000, ge=1, le=65_535, description="port that `make run` serves")
+    host: str = Field("127.0.0.1", description="the address that `make run` serves")
+    port: int = Field(
+        8000, ge=1, le=65_535, description="1 to 65535: the port that `make run` serves"
+    )
 
     @field_validator("forbidden_words", mode="before")
     @classmethod

@@ -40,6 +40,12 @@ log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 50  # so the default max_length is the prompt and 50 more
 FINISH_ATTEMPTS = 3
+STATUS_OF = {
+    FinishReason.STOP: Status.COMPLETED,
+    FinishReason.LENGTH: Status.COMPLETED,
+    FinishReason.CANCELLED: Status.CANCELLED,
+    FinishReason.INTERRUPTED: Status.INCOMPLETE,
+}
 
 
 @dataclass(frozen=True)
@@ -132,15 +138,14 @@ class GenerationService:
         except GenerationError:
             return failure(GenerationFailedError)
         except EngineStoppedError:
-            return failure(ModelNotReadyError)
+            return Ending(Status.INCOMPLETE, FinishReason.INTERRUPTED, error=ModelNotReadyError)
         reason = FinishReason(completion.finish_reason.value)
-        whole = reason in (FinishReason.STOP, FinishReason.LENGTH)
         return Ending(
-            Status.COMPLETED if whole else Status.CANCELLED,
+            STATUS_OF[reason],
             reason,
             completion.text,
             len(completion.token_ids),
-            error=None if whole else ModelNotReadyError,
+            error=None if STATUS_OF[reason] is Status.COMPLETED else ModelNotReadyError,
         )
 
     def finish(
