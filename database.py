@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_PATIENCE = 600.0  # seconds to wait for another process's migration
-MIGRATION_LOCK = 7_203_441  # any number, the same in every process
+MIGRATION_LOCK = "ai-database-service-migration"
 DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"} | {
     "mysql": "mysql+pymysql",
     "mariadb": "mariadb+pymysql",
@@ -156,7 +156,10 @@ def begin_sqlite(connection: Connection) -> None:
 
 def advisory_lock(engine: Engine) -> tuple[str, str]:
     if engine.dialect.name == "postgresql":
-        return "SELECT pg_advisory_lock(:key)", "SELECT pg_advisory_unlock(:key)"
+        return (
+            "SELECT pg_advisory_lock(hashtext(:key))",
+            "SELECT pg_advisory_unlock(hashtext(:key))",
+        )
     return "SELECT GET_LOCK(:key, 60)", "SELECT RELEASE_LOCK(:key)"
 
 

@@ -20,22 +20,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from engine.errors import EngineFullError, EngineStoppedError, GenerationError
 from engine.loading import LoadedModel
 from engine.sampling import Completion, FinishReason, SamplingParams
 
 WORKERS = 2
-
-
-class EngineFullError(Exception):
-    """No place is left in the queue."""
-
-
-class EngineStoppedError(Exception):
-    """The engine runs no more."""
-
-
-class GenerationError(Exception):
-    """The model failed on this generation."""
 
 
 class Engine:

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.pipelines import pipeline
 from transformers.pipelines.text_generation import TextGenerationPipeline
+from transformers.utils import logging as transformers_logging
 
 from engine.sampling import SamplingDefaults
 
@@ -201,6 +202,7 @@ def choose_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype, device: str) -> TextGenerationPipeline:
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )

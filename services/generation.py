@@ -15,6 +15,8 @@ from sqlalchemy.orm import Session
 
 import metrics
 from database import transaction
+from engine.errors import EngineFullError, EngineStoppedError, GenerationError
+from engine.sampling import SamplingParams
 from errors import (
     DeadlineExceededError,
     GenerationFailedError,
@@ -34,7 +36,6 @@ from services.model_host import ModelHost
 if TYPE_CHECKING:
     from engine.engine import Generation
     from engine.loading import LoadedModel
-    from engine.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Plan:
 
     model: "LoadedModel"
     prompt_ids: list[int]
-    params: "SamplingParams"
+    params: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,6 @@ class GenerationService:
         self, session: Session, owner_id: str, request: GenerateRequest
     ) -> GenerationRecord:
         """Answer a prompt with a stored record. Raises ServiceErrors."""
-        from engine.engine import EngineFullError, EngineStoppedError
-
         self.content_filter.check(request.prompt)
         model, engine = self.models.running()
         plan = make_plan(model, request)
@@ -127,8 +126,6 @@ class GenerationService:
         return record
 
     def run(self, generation: "Generation") -> Ending:
-        from engine.engine import EngineStoppedError, GenerationError
-
         generation.start()
         try:
             completion = generation.result(self.timeout)
@@ -217,8 +214,6 @@ def make_plan(model: "LoadedModel", request: GenerateRequest) -> Plan:
 
     Raises InvalidRequestError when the prompt leaves no room for one new token.
     """
-    from engine.sampling import SamplingParams
-
     prompt_ids = model.encode(request.prompt)
     given, own = request, model.defaults
     params = SamplingParams(

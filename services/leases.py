@@ -113,7 +113,8 @@ class LeaseKeeper:
             closed = records.interrupt(session, sorted(dead))
             leases.remove(session, dead)
         metrics.INTERRUPTED.inc(closed)
-        event(log, logging.WARNING, "closed records of dead processes", records=closed)
+        if closed:
+            event(log, logging.WARNING, "closed records of dead processes", records=closed)
 
     def is_dead(self, lease: Lease) -> bool:
         if self.machine and lease.machine == self.machine:
