@@ -5,6 +5,7 @@
     ├── InvalidRequestError         422  parameters that contradict each other or the model
     ├── ContentRefusedError         400  the prompt holds a forbidden word
     ├── NotFoundError               404
+    ├── ConflictError               409  not with a record in this state
     ├── UnavailableError            503  + Retry-After
     │   ├── ModelNotReadyError           the model is loading or did not load
     │   ├── OverloadedError              the queue is full
@@ -44,6 +45,10 @@ class ContentRefusedError(ServiceError):
 class NotFoundError(ServiceError):
     status, code = 404, "not_found"
     detail = "Record not found"
+
+
+class ConflictError(ServiceError):
+    status, code = 409, "conflict"
 
 
 class UnavailableError(ServiceError):

@@ -5,10 +5,10 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from api.dependencies import DbSession, Owner
+from api.dependencies import DbSession, Generation, Owner
 from api.errors import responses
 from models import GenerationRecord, HistoryQuery, Page, Record, UserId
-from services import history
+from services import history, replay
 
 router = APIRouter(tags=["history"])
 
@@ -51,6 +51,14 @@ def list_user_history(
 def delete_record(record_id: RecordId, session: DbSession, owner: Owner) -> None:
     """Delete one record for good."""
     history.delete(session, owner, record_id)
+
+
+@router.post("/history/{record_id}/replay", responses=responses(404, 409, 503))
+def replay_record(
+    record_id: RecordId, session: DbSession, owner: Owner, service: Generation
+) -> replay.Replay:
+    """Run a record again: `identical`, `different` from which token on, or `model_changed`."""
+    return replay.replay(session, owner, record_id, service.models, service.timeout)
 
 
 def link_next_page(request: Request, response: Response, last_id: int) -> None:

@@ -34,7 +34,7 @@ from services.leases import LeaseKeeper
 from services.model_host import ModelHost
 
 if TYPE_CHECKING:
-    from engine.engine import Generation
+    from engine.engine import Engine, Generation
     from engine.loading import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -87,13 +87,7 @@ class GenerationService:
         self.content_filter.check(request.prompt)
         model, engine = self.models.running()
         plan = make_plan(model, request)
-        try:
-            admitted = engine.admit(plan.prompt_ids, plan.params)
-        except EngineFullError:
-            raise OverloadedError from None
-        except EngineStoppedError:
-            raise ModelNotReadyError from None
-        with admitted as generation:
+        with admitted(engine, plan) as generation:
             began = time.monotonic()
             record = self.accept(session, owner_id, request, plan)
             ending = self.run(generation)
@@ -177,6 +171,16 @@ class GenerationService:
         for name, value in values.items():
             setattr(record, name, value)
         return record
+
+
+def admitted(engine: "Engine", plan: Plan) -> "Generation":
+    """A place in the queue. Raises OverloadedError, ModelNotReadyError."""
+    try:
+        return engine.admit(plan.prompt_ids, plan.params)
+    except EngineFullError:
+        raise OverloadedError from None
+    except EngineStoppedError:
+        raise ModelNotReadyError from None
 
 
 def failure(error: type[ServiceError]) -> Ending:

@@ -1,0 +1,31 @@
+"""This service's engine behind one route that stores nothing: what storing costs."""
+
+import os
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI
+
+from engine.engine import Engine
+from engine.loading import load_model
+from models import GenerateRequest
+from services.generation import make_plan
+
+app = FastAPI()
+model = load_model(os.environ["MODEL"], os.environ.get("DTYPE", "auto"), "cpu")
+engine = Engine(model, max_waiting=1024)
+
+
+@app.get("/health/ready")
+async def ready() -> str:
+    anyio.to_thread.current_default_thread_limiter().total_tokens = 400
+    return "ready"
+
+
+@app.post("/generate")
+def generate(request: GenerateRequest) -> dict[str, Any]:
+    plan = make_plan(model, request)
+    with engine.admit(plan.prompt_ids, plan.params) as generation:
+        generation.start()
+        completion = generation.result()
+    return {"generated_text": request.prompt + completion.text}

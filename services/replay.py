@@ -1,0 +1,89 @@
+"""Run a stored record again and say whether it gives the same text."""
+
+import logging
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from sqlalchemy.orm import Session
+
+from engine.errors import EngineStoppedError, GenerationError
+from engine.sampling import Completion, SamplingParams
+from errors import (
+    ConflictError,
+    DeadlineExceededError,
+    GenerationFailedError,
+    ModelNotReadyError,
+)
+from log import event
+from models import GenerationRecord, Status
+from services import history
+from services.generation import Plan, admitted
+from services.model_host import ModelHost
+
+if TYPE_CHECKING:
+    from engine.loading import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+class Verdict(StrEnum):
+    IDENTICAL = "identical"
+    DIFFERENT = "different"
+    MODEL_CHANGED = "model_changed"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """``first_difference`` is the place of the first differing token, 0 for the first generated."""
+
+    id: int
+    result: Verdict
+    first_difference: int | None = None
+
+
+def replay(
+    session: Session, owner_id: str, record_id: int, models: ModelHost, timeout: float
+) -> Replay:
+    """Raises NotFoundError, ConflictError for a record without a text, and what running raises."""
+    record = history.get(session, owner_id, record_id)
+    session.rollback()  # gives the connection back while the model runs
+    if record.status not in (Status.COMPLETED, Status.INCOMPLETE, Status.CANCELLED):
+        raise ConflictError("The record has no text to compare with.", record_id=record.id)
+    model, engine = models.running()
+    if (record.model_fingerprint, record.dtype) != (model.fingerprint, model.dtype):
+        return Replay(record.id, Verdict.MODEL_CHANGED)
+    plan = Plan(model, model.encode(record.prompt), stored_params(record))
+    with admitted(engine, plan) as generation:
+        generation.start()
+        try:
+            again = generation.result(timeout)
+        except TimeoutError:
+            raise DeadlineExceededError(record_id=record.id) from None
+        except GenerationError:
+            raise GenerationFailedError(record_id=record.id) from None
+        except EngineStoppedError:
+            raise ModelNotReadyError(record_id=record.id) from None
+    verdict = compare(model, plan.prompt_ids, record, again)
+    event(log, logging.INFO, "record replayed", id=record.id, result=verdict.result.value)
+    return verdict
+
+
+def stored_params(record: GenerationRecord) -> SamplingParams:
+    stored = record.parameters
+    return SamplingParams(**(stored | {"seed": record.seed, "stop": tuple(stored["stop"])}))
+
+
+def compare(
+    model: "LoadedModel", prompt_ids: list[int], record: GenerationRecord, again: Completion
+) -> Replay:
+    """A text that ended by itself must be the same; one that was cut short, its beginning."""
+    cut = again.text[: len(record.completion)] if record.status != Status.COMPLETED else again.text
+    if cut == record.completion:
+        return Replay(record.id, Verdict.IDENTICAL)
+    before = len(model.decode(prompt_ids))
+    for place in range(len(again.token_ids)):
+        text = model.decode(prompt_ids + list(again.token_ids[: place + 1]))[before:]
+        if not record.completion.startswith(text.rstrip("\N{REPLACEMENT CHARACTER}")):
+            return Replay(record.id, Verdict.DIFFERENT, place)
+    return Replay(record.id, Verdict.DIFFERENT, len(again.token_ids))
