@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from engine.detokenizer import Detokenizer
 from engine.errors import EngineFullError, EngineStoppedError, GenerationError
 from engine.generation import Generation
 from engine.loading import LoadedModel
-from engine.runner import runner_for
+from engine.runner import Runner, runner_for
 from engine.sampler import sample
 from engine.sampling import FinishReason, SamplingParams
 from engine.scheduler import Plan, Scheduler
@@ -75,7 +76,10 @@ class Engine:
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         self.loaded = loaded
-        self.runner = runner_for(loaded, max_running=max_running, prefill_tokens=prefill_tokens)
+        self._built = threading.Event()
+        self._build = partial(
+            runner_for, loaded, max_running=max_running, prefill_tokens=prefill_tokens
+        )
         self.scheduler = Scheduler(
             max_waiting=max_waiting,
             max_running=max_running,
@@ -91,6 +95,9 @@ class Engine:
         self._step_began: float | None = None
         self._worker = threading.Thread(target=self._work, name="inference", daemon=True)
         self._worker.start()
+        self._built.wait()
+        if self._failure is not None:
+            raise EngineStoppedError(self._failure)
 
     # What callers use.
 
@@ -214,11 +221,17 @@ class Engine:
     @torch.inference_mode()
     def _work(self) -> None:
         try:
+            # Here, not in the constructor: OpenMP keeps a pool for each thread that computes, and
+            # with more pool threads than cores each product waits for a sleeping one to wake.
+            self.runner: Runner = self._build()
+            self._built.set()
             while (plan := self._next_plan()) is not None:
                 self._step(plan)
         except BaseException as error:
             log.exception("the inference worker died")
             self._die(f"the inference worker died ({type(error).__name__})")
+        finally:
+            self._built.set()
 
     def _next_plan(self) -> Plan | None:
         """Wait for work; None when the engine is closed."""

@@ -1,10 +1,11 @@
 """Keys and values of running sequences, written in place. Knows no model, no scheduling.
 
-Sequences lie in arenas by length: one arena holds those of up to 64 tokens, the next those of up
-to 128, and so on. Attention then pads each to its own arena's length, which follows from its own
-length alone, and a step needs no gather: an arena's rows are dense, its tensors are sliced. A
-sequence that outgrows its arena moves to the next; one that leaves is replaced by the last row.
-Arenas grow by doubling, so that memory follows use, not the worst case.
+Sequences lie in arenas by length: one arena holds those of up to 32 tokens, the next those of up
+to 64, then 96, 128, 192, 256 and so on. Attention, whose time is that of reading the cache, pads
+each to its own arena's length, which follows from its own length alone. A step needs no gather: an
+arena's rows are dense, its tensors are sliced. A sequence that outgrows its arena moves to the
+next; one that leaves is replaced by the last row. Arenas grow by doubling, so that memory follows
+use, not the worst case.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from engine.sequence import Sequence
 
-SHORTEST = 64
+SHORTEST = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +74,22 @@ class Arena:
         return moved
 
 
+def arena_lengths(context_size: int) -> list[int]:
+    """Powers of two and, from 96, what lies half way: at most a third is read in vain."""
+    lengths = []
+    power = SHORTEST
+    while power < context_size:
+        lengths += [power, power + power // 2] if power > SHORTEST else [power]
+        power *= 2
+    return [length for length in lengths if length < context_size] + [context_size]
+
+
 class KVCache:
     """Where each sequence's keys and values lie."""
 
     def __init__(self, shape: Shape, context_size: int) -> None:
         self.shape = shape
-        self.arenas: list[Arena] = []
-        length = min(SHORTEST, context_size)
-        while not self.arenas or self.arenas[-1].length < context_size:
-            self.arenas.append(Arena(shape, min(length, context_size)))
-            length *= 2
+        self.arenas = [Arena(shape, length) for length in arena_lengths(context_size)]
         self.places: dict[Sequence, tuple[Arena, int]] = {}
 
     def arena_for(self, tokens: int) -> Arena:
@@ -102,10 +109,12 @@ class KVCache:
         arena, row = self.places[sequence]
         if tokens <= arena.length:
             return arena, row
-        keys, values = arena.keys[:, row].clone(), arena.values[:, row].clone()
+        target = self.arena_for(tokens)
+        new = target.add(sequence)
+        target.both[:, :, new, :, : arena.length] = arena.both[:, :, row]
         self.free(sequence)
-        self.insert(sequence, keys, values)
-        return self.places[sequence]
+        self.places[sequence] = (target, new)
+        return target, new
 
     def free(self, sequence: Sequence, *, tainted: bool = False) -> None:
         """Give up its place, if it has one; ``tainted`` wipes what could spread (NaN)."""

@@ -57,9 +57,8 @@ class Linear:
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """The product added to ``residual``, which is left as it was."""
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, residual, self.weight, self.bias, "add")  # type: ignore[no-any-return]
-        return residual + F.linear(x, self.weight, self.bias)
+        # oneDNN's fused addition takes twice the time of the product here.
+        return self(x).add_(residual)
 
 
 class RowCounts:

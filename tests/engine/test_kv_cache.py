@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from engine.kv_cache import KVCache, Shape
+from engine.kv_cache import KVCache, Shape, arena_lengths
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 
@@ -51,11 +51,17 @@ def test_a_sequence_moves_on_when_it_outgrows_its_arena() -> None:
     for value, sequence in ((1.0, grows), (2.0, stays)):
         cache.insert(sequence, filled(value, 60), filled(value, 60))
     assert cache.reserve(grows, 64)[0].length == 64
-    assert cache.reserve(grows, 65)[0].length == 128
+    assert cache.reserve(grows, 65)[0].length == 96
     assert cache.reserve(grows, 200)[0].length == 200
     assert (stored(cache, grows)[0][:, :, :60] == 1).all()
     assert (stored(cache, stays)[0][:, :, :60] == 2).all()
-    assert [len(arena.sequences) for arena in cache.arenas] == [1, 0, 1]
+    assert [len(arena.sequences) for arena in cache.arenas] == [0, 1, 0, 0, 0, 1]
+
+
+def test_arena_lengths_end_at_the_context() -> None:
+    assert arena_lengths(20) == [20]
+    assert arena_lengths(200) == [32, 64, 96, 128, 192, 200]
+    assert arena_lengths(1024) == [32, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
 
 
 def test_freeing_twice_or_what_was_never_stored_does_nothing() -> None:
