@@ -1,158 +1,342 @@
-"""Runs generations on one model. Knows token ids and sampling; knows no HTTP, no SQL, no settings.
+"""The engine: takes requests, drives the batched model with one worker thread, tells who waits.
 
-Requests run side by side in a thread pool, each on its own key-value cache and its own random
-generator, so that what runs beside it changes nothing.
+Callers' threads admit, start, cancel and wait; one worker thread plans a step, runs it and hands
+its tokens over, all sequences at once. One lock guards the queues and is never held while the
+model runs. Only the worker touches the runner. Knows no HTTP, no SQL, no settings.
 """
 
+import logging
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from types import TracebackType
-from typing import Self
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
+from engine.detokenizer import Detokenizer
 from engine.errors import EngineFullError, EngineStoppedError, GenerationError
+from engine.generation import Generation
 from engine.loading import LoadedModel
-from engine.sampling import Completion, FinishReason, SamplingParams
+from engine.runner import Runner, runner_for
+from engine.sampler import sample
+from engine.sampling import FinishReason, SamplingParams
+from engine.scheduler import Plan, Scheduler
+from engine.sequence import Sequence as Running
+from engine.sequence import Status
 
-WORKERS = 2
+__all__ = [
+    "Engine",
+    "EngineFullError",
+    "EngineStoppedError",
+    "Generation",
+    "GenerationError",
+    "StepOutput",
+]
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 256
+MAX_RUNNING = 64
+KV_TOKENS = 32 * 1024
+PREFILL_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gave one generation; ``finish_reason`` is None while it goes on."""
+
+    generation: Generation
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+Subscriber = Callable[[list[StepOutput]], None]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step computed: a token a sequence (None: not finite), or why there is none."""
+
+    tokens: dict[Running, int | None]
+    errors: dict[Running, Exception]
 
 
 class Engine:
-    """``max_waiting`` generations may wait or run at a time."""
+    """``max_running`` sequences share a step, ``max_waiting`` more wait their turn, and those that
+    run may together grow to ``kv_tokens`` tokens (or one to the model's whole context)."""
 
-    def __init__(self, loaded: LoadedModel, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        max_waiting: int = MAX_WAITING,
+        max_running: int = MAX_RUNNING,
+        kv_tokens: int = KV_TOKENS,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
         self.loaded = loaded
-        self.places = threading.BoundedSemaphore(max_waiting)
-        self.pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="inference")
-        self.closed = False
+        self._built = threading.Event()
+        self._build = partial(
+            runner_for, loaded, max_running=max_running, prefill_tokens=prefill_tokens
+        )
+        self.scheduler = Scheduler(
+            max_waiting=max_waiting,
+            max_running=max_running,
+            kv_tokens=max(kv_tokens, loaded.context_size),
+            prefill_tokens=prefill_tokens,
+        )
+        self._lock = threading.Condition()
+        self._generations: dict[Running, Generation] = {}
+        self._to_free: list[Running] = []
+        self._subscribers: list[Subscriber] = []
+        self._closing = False
+        self._failure: str | None = None
+        self._step_began: float | None = None
+        self._worker = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._worker.start()
+        self._built.wait()
+        if self._failure is not None:
+            raise EngineStoppedError(self._failure)
+
+    # What callers use.
+
+    def admit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
+        """A place in the queue, held until the generation ends. It runs once it is started.
+
+        Raises EngineFullError, EngineStoppedError; ValueError for what the model cannot run.
+        """
+        self._check(prompt_ids, params)
+        sequence = Running(tuple(prompt_ids), params)
+        detokenizer = Detokenizer(self.loaded.decode, sequence.prompt_ids, params.stop)
+        generation = Generation(sequence, detokenizer, self._start, self._cancel)
+        with self._lock:
+            self._raise_if_stopped()
+            self.scheduler.admit(sequence)
+            self._generations[sequence] = generation
+        return generation
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call it once a step with every running generation's new tokens, and at a generation's
+        end; returns what ends the subscription.
+
+        It is called in the thread that made the step or the end, and has to be quick.
+        """
+        with self._lock:
+            self._subscribers = [*self._subscribers, subscriber]
+        return lambda: self._unsubscribe(subscriber)
+
+    def close(self, timeout: float, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """End everything for ``reason`` and wait for the worker, ``timeout`` seconds at most."""
+        with self._lock:
+            self._closing = True
+            ended = [self._end(g, Status.CANCELLED, reason) for g in [*self._generations.values()]]
+            self._lock.notify_all()
+        self._publish(ended)
+        if self._worker is not threading.current_thread():
+            self._worker.join(timeout)
 
     @property
     def healthy(self) -> bool:
-        return not self.closed
+        return not self._closing and self._failure is None and self._worker.is_alive()
 
-    def admit(self, prompt_ids: Sequence[int], params: SamplingParams) -> "Generation":
-        """A place in the queue, taken until the generation is left. It runs once it is started.
+    @property
+    def failure(self) -> str | None:
+        """Why it runs nothing any more, safe to show an operator; None while it is healthy."""
+        if self._failure is not None:
+            return self._failure
+        if self._closing:
+            return "the engine was closed"
+        return None if self._worker.is_alive() else "the inference worker is gone"
 
-        Raises EngineFullError, EngineStoppedError.
-        """
-        if self.closed:
-            raise EngineStoppedError
-        if not self.places.acquire(blocking=False):
-            raise EngineFullError
-        return Generation(self, list(prompt_ids), params)
+    @property
+    def running(self) -> int:
+        return len(self.scheduler.running)
 
-    def close(self, timeout: float) -> None:
-        """Run nothing more; ``timeout`` bounds the wait for what runs."""
-        self.closed = True
-        self.pool.shutdown(wait=timeout > 0, cancel_futures=True)
+    @property
+    def waiting(self) -> int:
+        """Places taken in the queue, by generations that were started and that were not yet."""
+        return len(self.scheduler.waiting) + len(self.scheduler.admitted)
 
+    @property
+    def used_slots(self) -> int:
+        """Sequences whose keys and values are kept."""
+        return self.runner.used
 
-class Generation:
-    """A handle: start it, wait for it, cancel it. Leaving it gives its place back."""
+    @property
+    def reproducible(self) -> bool:
+        """Whether the text of a request is independent of what runs beside it, bit for bit."""
+        return self.runner.reproducible
 
-    def __init__(self, engine: Engine, prompt_ids: list[int], params: SamplingParams) -> None:
-        self.engine = engine
-        self.prompt_ids = prompt_ids
-        self.params = params
-        self.future: Future[Completion] | None = None
-        self.cancelled: FinishReason | None = None
+    @property
+    def step_seconds(self) -> float | None:
+        """For a watchdog: how long the step that runs now has been running, if one is."""
+        began = self._step_began
+        return None if began is None else time.monotonic() - began
 
-    def __enter__(self) -> Self:
-        return self
+    # Behind a generation's handle.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
-        self.engine.places.release()
+    def _start(self, generation: Generation) -> None:
+        with self._lock:
+            if generation.sequence.status is not Status.ADMITTED:
+                if generation.error is not None:
+                    raise type(generation.error)(*generation.error.args)
+                return
+            self._raise_if_stopped()
+            self.scheduler.start(generation.sequence)
+            self._lock.notify_all()
 
-    def start(self) -> None:
-        try:
-            self.future = self.engine.pool.submit(self.run)
-        except RuntimeError:
-            raise EngineStoppedError from None
+    def _cancel(self, generation: Generation, reason: FinishReason) -> None:
+        with self._lock:
+            if generation.ended:
+                return
+            ended = self._end(generation, Status.CANCELLED, reason)
+            self._lock.notify_all()  # an idle worker frees what it held
+        self._publish([ended])
 
-    def cancel(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """Stop within one step."""
-        self.cancelled = self.cancelled or reason
+    def _unsubscribe(self, subscriber: Subscriber) -> None:
+        with self._lock:
+            self._subscribers = [s for s in self._subscribers if s is not subscriber]
 
-    def result(self, timeout: float | None = None) -> Completion:
-        """Wait, at most ``timeout`` seconds. Raises TimeoutError, GenerationError."""
-        assert self.future is not None
-        try:
-            return self.future.result(timeout)
-        except FutureTimeoutError:
-            raise TimeoutError from None
-        except Exception as error:
-            raise GenerationError(type(error).__name__) from error
+    def _check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        vocabulary = self.loaded.model.config.get_text_config().vocab_size
+        if not prompt_ids or params.max_new_tokens < 1:
+            raise ValueError("a generation takes a prompt token and room for a new one")
+        if len(prompt_ids) + params.max_new_tokens > self.loaded.context_size:
+            raise ValueError(
+                f"{len(prompt_ids)} prompt tokens and {params.max_new_tokens} new ones pass the"
+                f" model's context of {self.loaded.context_size}"
+            )
+        if not all(0 <= token < vocabulary for token in prompt_ids):
+            raise ValueError("a prompt token is not in the model's vocabulary")
+        if params.temperature < 0 or params.repetition_penalty <= 0 or params.top_k < 0:
+            raise ValueError("temperature, top_k or repetition_penalty is out of range")
+
+    def _raise_if_stopped(self) -> None:
+        if not self.healthy:
+            raise EngineStoppedError(self.failure)
+
+    # The worker.
 
     @torch.inference_mode()
-    def run(self) -> Completion:
-        ids: list[int] = []
-        for token in self.tokens():
-            if token in self.engine.loaded.end_ids:
-                return self.completion(ids, FinishReason.STOP)
-            ids.append(token)
-            if self.params.stop and self.stop_at(self.text(ids)) is not None:
-                return self.completion(ids, FinishReason.STOP)
-            if self.cancelled is not None:
-                return self.completion(ids, self.cancelled)
-        return self.completion(ids, FinishReason.LENGTH)
+    def _work(self) -> None:
+        try:
+            # Here, not in the constructor: OpenMP keeps a pool for each thread that computes, and
+            # with more pool threads than cores each product waits for a sleeping one to wake.
+            self.runner: Runner = self._build()
+            self._built.set()
+            while (plan := self._next_plan()) is not None:
+                self._step(plan)
+        except BaseException as error:
+            log.exception("the inference worker died")
+            self._die(f"the inference worker died ({type(error).__name__})")
+        finally:
+            self._built.set()
 
-    def tokens(self) -> Iterator[int]:
-        """Token after token, each from one forward pass over what is new."""
-        model, cache = self.engine.loaded.model, None
-        rng = torch.Generator(model.device).manual_seed(self.params.seed)
-        processors = logits_processors(self.params)
-        every = torch.tensor([self.prompt_ids], device=model.device)
-        new = every
-        for _ in range(self.params.max_new_tokens):
-            step = model(new, past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
-            scores = processors(every, step.logits[:, -1].float())
-            if self.params.temperature == 0:
-                new = scores.argmax(dim=-1, keepdim=True)
-            else:
-                new = torch.multinomial(scores.softmax(dim=-1), 1, generator=rng)
-            every = torch.cat([every, new], dim=1)
-            yield int(new)
+    def _next_plan(self) -> Plan | None:
+        """Wait for work; None when the engine is closed."""
+        with self._lock:
+            while True:
+                self._free_ended()
+                if self._closing:
+                    return None
+                if self.scheduler.has_work:
+                    return self.scheduler.schedule()
+                self._lock.wait()
 
-    def completion(self, ids: list[int], reason: FinishReason) -> Completion:
-        text = self.text(ids)
-        return Completion(tuple(ids), text[: self.stop_at(text)], reason)
+    def _step(self, plan: Plan) -> None:
+        self._step_began = time.monotonic()
+        try:
+            outcome = self._compute(plan)
+        finally:
+            self._step_began = None
+        with self._lock:
+            outputs = self._apply(plan, outcome)
+        self._publish(outputs)
 
-    def text(self, ids: list[int]) -> str:
-        decode = self.engine.loaded.decode
-        return decode(self.prompt_ids + ids)[len(decode(self.prompt_ids)) :]
+    def _compute(self, plan: Plan) -> Outcome:
+        """Run the step. If it raises, run each sequence alone: only who raises again has failed."""
+        try:
+            return Outcome(self._tokens(plan), {})
+        except Exception as error:
+            log.warning("a step raised %s: running its sequences one by one", type(error).__name__)
+        outcome = Outcome({}, {})
+        for alone in plan.apart():
+            try:
+                outcome.tokens.update(self._tokens(alone))
+            except Exception as error:
+                log.debug("a sequence raised alone", exc_info=True)
+                outcome.errors[alone.sequences[0]] = error
+        return outcome
 
-    def stop_at(self, text: str) -> int | None:
-        """Where the first stop string begins."""
-        found = [at for stop in self.params.stop if (at := text.find(stop)) >= 0]
-        return min(found, default=None)
+    def _tokens(self, plan: Plan) -> dict[Running, int | None]:
+        chosen = sample(self.runner.forward(plan), plan.sampled)
+        return dict(zip(plan.sampled, chosen, strict=True))
 
+    def _apply(self, plan: Plan, outcome: Outcome) -> list[StepOutput]:
+        failed = [self._fail(s, type(e).__name__) for s, e in outcome.errors.items()]
+        outputs = [output for output in failed if output is not None]
+        for chunk in plan.prefill:
+            chunk.sequence.computed = chunk.stop
+        for sequence, token in outcome.tokens.items():
+            if token is None:
+                self.runner.free(sequence, tainted=True)
+            if not sequence.ended:
+                outputs.append(self._extend(self._generations[sequence], token))
+        return outputs
 
-def logits_processors(params: SamplingParams) -> LogitsProcessorList:
-    """Transformers' own, in its order."""
-    chosen = LogitsProcessorList()
-    if params.repetition_penalty != 1.0:
-        chosen.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    if params.temperature != 0:
-        chosen.append(TemperatureLogitsWarper(params.temperature))
-        if params.top_k:
-            chosen.append(TopKLogitsWarper(params.top_k))
-        if params.top_p < 1.0:
-            chosen.append(TopPLogitsWarper(params.top_p))
-    return chosen
+    def _extend(self, generation: Generation, token: int | None) -> StepOutput:
+        sequence = generation.sequence
+        if token is None:
+            generation.error = GenerationError("the model's output is not a finite number")
+            return self._end(generation, Status.FAILED, FinishReason.ERROR)
+        sequence.computed = len(sequence)
+        if token in self.loaded.end_ids:
+            return self._end(generation, Status.FINISHED, FinishReason.STOP)
+        sequence.output_ids.append(token)
+        if generation.reached_stop():
+            return self._end(generation, Status.FINISHED, FinishReason.STOP, token)
+        if len(sequence.output_ids) == sequence.params.max_new_tokens:
+            return self._end(generation, Status.FINISHED, FinishReason.LENGTH, token)
+        return StepOutput(generation, (token,), None)
+
+    def _fail(self, sequence: Running, why: str) -> StepOutput | None:
+        if sequence.ended:
+            return None
+        generation = self._generations[sequence]
+        generation.error = GenerationError(f"the model failed on this generation ({why})")
+        return self._end(generation, Status.FAILED, FinishReason.ERROR)
+
+    def _end(
+        self, generation: Generation, status: Status, reason: FinishReason, *tokens: int
+    ) -> StepOutput:
+        """Take it out of everything; the lock is held. Its slot is freed by the worker."""
+        sequence = generation.sequence
+        self.scheduler.end(sequence, status, reason)
+        del self._generations[sequence]
+        self._to_free.append(sequence)
+        return StepOutput(generation, tokens, reason)
+
+    def _free_ended(self) -> None:
+        for sequence in self._to_free:
+            self.runner.free(sequence)
+        self._to_free.clear()
+
+    def _publish(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            output.generation.notify()
+        for subscriber in self._subscribers if outputs else ():
+            try:
+                subscriber(outputs)
+            except Exception:
+                log.exception("a subscriber to the engine's steps raised")
+
+    def _die(self, failure: str) -> None:
+        """Tell everybody at once."""
+        with self._lock:
+            self._failure = failure
+            outputs = []
+            for generation in [*self._generations.values()]:
+                generation.error = EngineStoppedError(failure)
+                outputs.append(self._end(generation, Status.FAILED, FinishReason.ERROR))
+        self._publish(outputs)

@@ -1,0 +1,83 @@
+"""Turns a growing list of token ids into text, piece by piece. Knows no model and no thread.
+
+A token may end in the middle of a character, and a stop string may begin in one token and end in
+another; so the text that may be shown lags behind the tokens: it never ends in half a character
+and never in what may become a stop string.
+"""
+
+from collections.abc import Callable, Sequence
+
+UNFINISHED = "\ufffd"  # what tokenizers decode half a character to
+CONTEXT = 8  # tokens decoded again before the new ones: a token's text may depend on the last few
+
+
+class Detokenizer:
+    """``decode`` takes ids to text. Feed tokens with ``push``; ``finish`` when there are no more.
+
+    ``text`` is decode(prompt + output) less decode(prompt), as far as it is made of whole
+    characters, and cut before the first stop string, at which ``stopped`` becomes true.
+    ``shown`` is its part that no later token can take back.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], prompt_ids: Sequence[int], stop: Sequence[str]
+    ) -> None:
+        self.decode = decode
+        self.stop = [string for string in stop if string]
+        self.window = list(prompt_ids[-CONTEXT:])
+        self.known = decode(self.window)
+        self.read = len(self.window)  # how many of the window's ids are in the text
+        self.text = ""
+        self.pushed = 0
+        self.stopped = False
+        self.finished = False
+
+    def push(self, ids: Sequence[int]) -> None:
+        """More output tokens. What follows a stop string is ignored."""
+        self.pushed += len(ids)
+        for token in ids:
+            if self.stopped:
+                return
+            self.window.append(token)
+            decoded = self.decode(self.window)
+            if not decoded.endswith(UNFINISHED):
+                self._take(decoded)
+
+    def finish(self) -> None:
+        """No more tokens: an unfinished character stays one."""
+        if self.finished:
+            return
+        self.finished = True
+        if not self.stopped and self.read < len(self.window):
+            self._take(self.decode(self.window))
+
+    @property
+    def shown(self) -> str:
+        if self.stopped or self.finished:
+            return self.text
+        return self.text[: len(self.text) - self._could_be_stop()]
+
+    def _take(self, decoded: str) -> None:
+        before = len(self.text)
+        self.text += decoded[len(self.known) :]
+        self.window = self.window[-CONTEXT:]
+        self.known = self.decode(self.window)
+        self.read = len(self.window)
+        self._cut(before)
+
+    def _cut(self, before: int) -> None:
+        longest = max(map(len, self.stop), default=0)
+        start = max(0, before - longest + 1)
+        found = [at for string in self.stop if (at := self.text.find(string, start)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.stopped = True
+
+    def _could_be_stop(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max(map(len, self.stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            end = self.text[-length:]
+            if any(string.startswith(end) for string in self.stop):
+                return length
+        return 0

@@ -1,0 +1,377 @@
+"""The engine as its callers see it, on the real model."""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.engine import (
+    Engine,
+    EngineFullError,
+    EngineStoppedError,
+    Generation,
+    GenerationError,
+    StepOutput,
+)
+from engine.loading import LoadedModel
+from engine.sampling import Completion, FinishReason, SamplingParams
+from engine.scheduler import Plan
+from engine.sequence import Sequence
+from tests.engine.conftest import greedy, mixed_prompts
+
+LONG = SamplingParams(900, seed=1, temperature=1.0, top_k=0)
+
+
+def run(engine: Engine, prompt: str, params: SamplingParams) -> Generation:
+    generation = engine.admit(engine.loaded.encode(prompt), params)
+    generation.start()
+    return generation
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def empty(engine: Engine) -> bool:
+    return engine.used_slots == engine.running == engine.waiting == 0
+
+
+def of_transformers(loaded: LoadedModel, prompt: str, new: int) -> list[int]:
+    ids = torch.tensor([loaded.encode(prompt)])
+    out = loaded.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    new_ids: list[int] = out[0, ids.shape[1] :].tolist()
+    end = next((i for i, token in enumerate(new_ids) if token in loaded.end_ids), len(new_ids))
+    return new_ids[:end]
+
+
+def test_greedy_text_of_mixed_prompts_is_that_of_transformers_token_for_token(
+    loaded: LoadedModel, engine: Engine
+) -> None:
+    prompts = mixed_prompts(40) + mixed_prompts(2, longest=900)
+    generations = [run(engine, prompt, greedy(24)) for prompt in prompts]
+    for prompt, generation in zip(prompts, generations, strict=True):
+        assert list(generation.result(60).token_ids) == of_transformers(loaded, prompt, 24)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_seed_gives_the_same_text_alone_and_beside_31_others(
+    dtype: str, request: pytest.FixtureRequest
+) -> None:
+    engine = Engine(request.getfixturevalue("loaded" if dtype == "float32" else "loaded_bfloat16"))
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"top_k": 0, "top_p": 0.9}]
+    params = [SamplingParams(50, seed=i, **kinds[i % 3]) for i in range(32)]
+    prompts = mixed_prompts(32, seed=4)
+    alone = [run(engine, prompts[i], params[i]).result(60) for i in range(0, 32, 4)]
+    crowd = [run(engine, *both) for both in zip(prompts, params, strict=True)]
+    assert [crowd[i].result(60) for i in range(0, 32, 4)] == alone
+    engine.close(10)
+
+
+def test_text_is_what_the_pipeline_holds_after_the_prompt(
+    loaded: LoadedModel, engine: Engine
+) -> None:
+    prompt = "Once upon a time there was"
+    out = loaded.pipeline(prompt, max_new_tokens=30, do_sample=False)
+    assert (
+        run(engine, prompt, greedy(30)).result(20).text == out[0]["generated_text"][len(prompt) :]
+    )
+
+
+def test_it_ends_at_the_end_token_which_is_not_part_of_it(engine: Engine) -> None:
+    ends = [
+        c
+        for c in [run(engine, "The end.", SamplingParams(200, seed=s)) for s in range(32)]
+        if c.result(60).finish_reason is FinishReason.STOP
+    ]
+    assert ends
+    for generation in ends:
+        completion = generation.result(0)
+        assert len(completion.token_ids) < 200
+        assert not engine.loaded.end_ids & set(completion.token_ids)
+
+
+def test_it_stops_before_a_stop_string_and_streams_nothing_of_it(engine: Engine) -> None:
+    whole = run(engine, "Once upon a time", greedy(30)).result(20).text
+    stop = whole[25:32]
+    params = SamplingParams(30, seed=0, temperature=0.0, stop=("never", stop))
+    generation = engine.admit(engine.loaded.encode("Once upon a time"), params)
+    generation.start()
+    pieces = list(generation.pieces())
+    completion = generation.result(20)
+    assert completion.finish_reason is FinishReason.STOP
+    assert completion.text == whole[: whole.index(stop)]
+    assert "".join(text for _, text in pieces) == completion.text
+    assert sum((ids for ids, _ in pieces), ()) == completion.token_ids
+
+
+def test_pieces_join_to_the_result_for_many_streams_at_once(engine: Engine) -> None:
+    streams: dict[int, list[tuple[tuple[int, ...], str]]] = {}
+    generations = [run(engine, p, SamplingParams(40, seed=7)) for p in mixed_prompts(12)]
+
+    def read(index: int) -> None:
+        streams[index] = list(generations[index].pieces())
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for index, thread in enumerate(threads):
+        thread.join(30)
+        completion = generations[index].result(1)
+        assert "".join(text for _, text in streams[index]) == completion.text
+        assert sum((ids for ids, _ in streams[index]), ()) == completion.token_ids
+        assert len(streams[index]) > 1
+
+
+def test_subscribers_get_all_sequences_of_a_step_at_once_and_each_end_once(
+    engine: Engine,
+) -> None:
+    steps: list[list[StepOutput]] = []
+    end = engine.subscribe(steps.append)
+    engine.subscribe(lambda _: 1 / 0)  # type: ignore[arg-type]
+    generations = [run(engine, p, greedy(20)) for p in mixed_prompts(6)]
+    results = {g: g.result(30) for g in generations}
+    wait_until(lambda: sum(o.finish_reason is not None for s in steps for o in s) == 6)
+    assert max(len(step) for step in steps) > 1
+    for generation, completion in results.items():
+        mine = [o for step in steps for o in step if o.generation is generation]
+        assert sum((o.token_ids for o in mine), ()) == completion.token_ids
+        assert [o.finish_reason for o in mine if o.finish_reason] == [completion.finish_reason]
+    end()
+    seen = len(steps)
+    run(engine, "The", greedy(3)).result(10)
+    assert len(steps) == seen
+
+
+def test_a_cancelled_one_ends_at_once_with_what_it_has(engine: Engine) -> None:
+    generation = run(engine, "The wolf", LONG)
+    wait_until(lambda: len(generation.snapshot().token_ids) > 5)
+    generation.cancel(FinishReason.DISCONNECTED)
+    generation.cancel(FinishReason.CANCELLED)
+    completion = generation.result(1)
+    assert completion.finish_reason is FinishReason.DISCONNECTED
+    assert 5 < len(completion.token_ids) < 900
+    assert completion.text == engine.loaded.decode(list(completion.token_ids))
+    wait_until(lambda: empty(engine))
+    assert generation.result(1) == completion
+
+
+def test_one_cancelled_before_it_ran_has_nothing(engine: Engine) -> None:
+    with engine.admit([5, 6], LONG) as generation:
+        assert engine.waiting == 1
+    assert generation.result(1) == Completion((), "", FinishReason.CANCELLED)
+    generation.start()
+    assert empty(engine)
+
+
+def test_a_snapshot_is_a_prefix_of_the_result(engine: Engine) -> None:
+    generation = run(engine, "The king", SamplingParams(60, seed=2))
+    snapshots = [generation.snapshot()]
+    while snapshots[-1].finish_reason is None:
+        time.sleep(0.001)
+        snapshots.append(generation.snapshot())
+    completion = generation.result(5)
+    for snapshot in snapshots:
+        assert completion.text.startswith(snapshot.text)
+        assert completion.token_ids[: len(snapshot.token_ids)] == snapshot.token_ids
+
+
+def test_the_queue_is_bounded_and_a_place_is_free_again_after_an_end(loaded: LoadedModel) -> None:
+    engine = Engine(loaded, max_waiting=2, max_running=1)
+    running = run(engine, "The", LONG)
+    wait_until(lambda: engine.running == 1)
+    waiting = [run(engine, "The", greedy(2)), engine.admit([1], greedy(2))]
+    with pytest.raises(EngineFullError):
+        engine.admit([1], greedy(2))
+    waiting[1].cancel()
+    late = run(engine, "The", greedy(2))
+    running.cancel()
+    assert waiting[0].result(10).finish_reason is FinishReason.LENGTH
+    assert late.result(10).finish_reason is FinishReason.LENGTH
+    engine.close(10)
+
+
+def test_what_the_model_cannot_run_is_refused(engine: Engine) -> None:
+    refused = [
+        ([], greedy(5)),
+        ([1] * 1000, greedy(25)),
+        ([4096], greedy(5)),
+        ([-1], greedy(5)),
+        ([1], greedy(0)),
+        ([1], SamplingParams(5, seed=0, temperature=-1.0)),
+    ]
+    for prompt, params in refused:
+        with pytest.raises(ValueError):
+            engine.admit(prompt, params)
+    assert empty(engine)
+
+
+def test_the_whole_context_can_be_used(engine: Engine) -> None:
+    generation = engine.admit([9] * 1000, greedy(24))
+    generation.start()
+    assert generation.result(60).finish_reason in {FinishReason.LENGTH, FinishReason.STOP}
+
+
+def test_waiting_without_starting_is_a_mistake_and_waiting_too_long_a_timeout(
+    engine: Engine,
+) -> None:
+    generation = engine.admit([1], LONG)
+    with pytest.raises(RuntimeError):
+        generation.result()
+    generation.start()
+    with pytest.raises(TimeoutError):
+        generation.result(0.01)
+    generation.cancel()
+
+
+def test_closing_ends_everything_and_refuses_what_comes_later(loaded: LoadedModel) -> None:
+    engine = Engine(loaded)
+    running, admitted = run(engine, "The", LONG), engine.admit([1], LONG)
+    wait_until(lambda: len(running.snapshot().token_ids) > 2)
+    engine.close(10, FinishReason.INTERRUPTED)
+    assert running.result(1).finish_reason is FinishReason.INTERRUPTED
+    assert admitted.result(1).finish_reason is FinishReason.INTERRUPTED
+    assert not engine.healthy
+    assert engine.failure
+    assert empty(engine)
+    with pytest.raises(EngineStoppedError):
+        engine.admit([1], LONG)
+    engine.close(1)
+
+
+class Sabotaged:
+    """A real runner that fails where it is told to."""
+
+    def __init__(self, runner: Any, spoil: Callable[[Plan, Tensor], Tensor]) -> None:
+        self.runner, self.spoil = runner, spoil
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
+
+    def forward(self, plan: Plan) -> Tensor:
+        return self.spoil(plan, self.runner.forward(plan))
+
+
+SICK = 1234
+
+
+def sick(sequence: Sequence) -> bool:
+    return sequence.prompt_ids[0] == SICK and len(sequence.output_ids) == 4
+
+
+def nan_in_its_row(plan: Plan, logits: Tensor) -> Tensor:
+    for row, sequence in enumerate(plan.sampled):
+        if sick(sequence):
+            logits[row] = torch.nan
+    return logits
+
+
+def error_with_it_in_the_step(plan: Plan, logits: Tensor) -> Tensor:
+    if any(sick(sequence) for sequence in plan.sampled):
+        raise ZeroDivisionError("secret prompt text")
+    return logits
+
+
+@pytest.mark.parametrize("spoil", [nan_in_its_row, error_with_it_in_the_step])
+def test_one_that_fails_fails_alone(
+    engine: Engine, spoil: Callable[[Plan, Tensor], Tensor]
+) -> None:
+    prompts = mixed_prompts(6)
+    expected = [run(engine, p, SamplingParams(12, seed=3)).result(30) for p in prompts]
+    engine.runner = Sabotaged(engine.runner, spoil)
+    crowd = [engine.admit(engine.loaded.encode(p), SamplingParams(12, seed=3)) for p in prompts]
+    failing = engine.admit([SICK, 7], SamplingParams(12, seed=3))
+    for generation in (*crowd[:3], failing, *crowd[3:]):
+        generation.start()
+    with pytest.raises(GenerationError) as caught:
+        failing.result(30)
+    assert "secret" not in str(caught.value)
+    assert len(failing.snapshot().token_ids) == 4
+    assert failing.snapshot().finish_reason is FinishReason.ERROR
+    assert [generation.result(30) for generation in crowd] == expected
+    assert engine.healthy
+    wait_until(lambda: empty(engine))
+
+
+def test_a_worker_that_dies_tells_everybody_at_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generations = [run(engine, p, LONG) for p in mixed_prompts(3)]
+    admitted = engine.admit([1], LONG)
+    wait_until(lambda: engine.running == 3)
+
+    def breaks() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(engine.scheduler, "schedule", breaks)
+    for generation in generations:
+        with pytest.raises(EngineStoppedError, match="MemoryError"):
+            generation.result(5)
+        with pytest.raises(EngineStoppedError):
+            list(generation.pieces())
+    with pytest.raises(EngineStoppedError):
+        admitted.start()
+    with pytest.raises(EngineStoppedError):
+        engine.admit([1], LONG)
+    assert not engine.healthy
+    assert engine.failure == "the inference worker died (MemoryError)"
+
+
+def test_a_watchdog_sees_how_long_the_step_has_been_running(engine: Engine) -> None:
+    release = threading.Event()
+
+    def hang(plan: Plan, logits: Tensor) -> Tensor:
+        release.wait(20)
+        return logits
+
+    assert engine.step_seconds is None
+    engine.runner = Sabotaged(engine.runner, hang)
+    generation = run(engine, "The", LONG)
+    wait_until(lambda: (engine.step_seconds or 0) > 0.05)
+    generation.cancel()
+    assert generation.result(1).finish_reason is FinishReason.CANCELLED
+    release.set()
+    wait_until(lambda: engine.step_seconds is None and empty(engine))
+
+
+def test_a_thousand_mixed_requests_with_cancels_leave_nothing_behind(engine: Engine) -> None:
+    rng = random.Random(0)
+    threads = threading.active_count()
+    prompts = [engine.loaded.encode(p) for p in mixed_prompts(20, longest=80)]
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(125):
+            params = SamplingParams(rng.randint(1, 6), seed=rng.randrange(99))
+            with engine.admit(rng.choice(prompts), params) as generation:
+                if rng.random() < 0.9:
+                    generation.start()
+                if rng.random() < 0.5:
+                    time.sleep(rng.random() / 500)
+                    generation.cancel()
+                elif generation.sequence.status != "admitted":
+                    generation.result(30)
+
+    clients = [threading.Thread(target=client, args=(rng.randrange(999),)) for _ in range(8)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join(60)
+    wait_until(lambda: empty(engine) and not engine._to_free)
+    assert engine._generations == {}
+    assert engine.scheduler.promised_tokens == 0
+    assert threading.active_count() == threads
+    assert run(engine, "The", greedy(3)).result(5).token_ids

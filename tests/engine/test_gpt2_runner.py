@@ -1,0 +1,126 @@
+"""GPT-2 batched against Transformers' own GPT-2, and against itself with other batches."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.gpt2_runner import GPT2Runner
+from engine.loading import LoadedModel
+from engine.sampling import SamplingParams
+from engine.scheduler import CHUNK, Chunk, Plan
+from engine.sequence import Sequence
+from tests.engine.conftest import random_gpt2
+
+
+def runner_of(model: torch.nn.Module) -> GPT2Runner:
+    return GPT2Runner(model, context_size=1024, max_running=32, prefill_tokens=2 * CHUNK)
+
+
+def made(tokens: int, seed: int, vocabulary: int = 4096) -> Sequence:
+    ids = torch.randint(1, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
+    return Sequence(tuple(ids.tolist()), SamplingParams(9, seed=0))
+
+
+def prefilled(runner: GPT2Runner, sequence: Sequence) -> Tensor:
+    """The logits after its prompt, which is run chunk by chunk."""
+    prompt = len(sequence.prompt_ids)
+    for start in range(0, prompt, CHUNK):
+        chunk = Chunk(sequence, start, min(start + CHUNK, prompt))
+        logits = runner.forward(Plan((), (chunk,)))
+    return logits[0].clone()
+
+
+def reference(model: torch.nn.Module, sequence: Sequence) -> Tensor:
+    ids = torch.tensor([[*sequence.prompt_ids, *sequence.output_ids]])
+    with torch.inference_mode():
+        return model(ids).logits[0, -1]  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def test_logits_are_those_of_transformers_at_every_length(loaded: LoadedModel) -> None:
+    runner = runner_of(loaded.model)
+    sequences = [made(tokens, tokens) for tokens in (1, 2, 40, 63, 64, 65, 130, 300, 1000)]
+    for sequence in sequences:
+        torch.testing.assert_close(
+            prefilled(runner, sequence), reference(loaded.model, sequence), atol=2e-3, rtol=1e-4
+        )
+    for step in range(4):
+        for sequence in sequences:
+            sequence.output_ids.append(7 + step)
+        logits = runner.forward(Plan(tuple(sequences), ()))
+        for row, sequence in zip(logits, sequences, strict=True):
+            torch.testing.assert_close(row, reference(loaded.model, sequence), atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_a_sequences_bits_do_not_depend_on_what_else_a_step_computes(
+    dtype: str, request: pytest.FixtureRequest
+) -> None:
+    name = "loaded" if dtype == "float32" else "loaded_bfloat16"
+    model = request.getfixturevalue(name).model
+    alone, busy = runner_of(model), runner_of(model)
+    assert alone.reproducible
+    for others in (1, 6, 31):
+        company = [made(5 + 9 * i, i) for i in range(others)]
+        for sequence in company:
+            prefilled(busy, sequence)
+            sequence.output_ids.append(3)
+        mine, again = made(70, 99), made(70, 99)
+        late = made(CHUNK, 5)
+        for start, stop in ((0, 64), (64, 70)):
+            expected = alone.forward(Plan((), (Chunk(mine, start, stop),)))
+            chunks = (Chunk(late, 0, CHUNK), Chunk(again, start, stop))[start > 0 :]
+            got = busy.forward(Plan(tuple(company), chunks))
+        assert torch.equal(got[-1], expected[0])
+        for token in range(66):
+            mine.output_ids.append(token)
+            again.output_ids.append(token)
+            expected = alone.forward(Plan((mine,), ()))
+            members = (*company[: token % (others + 1)], again, *company[token % (others + 1) :])
+            got = busy.forward(Plan(members, ()))
+            assert torch.equal(got[members.index(again)], expected[0]), token
+        for sequence in (*company, again, late, mine):
+            busy.free(sequence)
+            alone.free(sequence)
+    assert busy.used == alone.used == 0
+
+
+@torch.inference_mode()
+def test_part_of_a_step_run_again_gives_the_same(loaded: LoadedModel) -> None:
+    runner = runner_of(loaded.model)
+    sequences = [made(10 + i, i) for i in range(5)]
+    for sequence in sequences:
+        prefilled(runner, sequence)
+        sequence.output_ids.append(3)
+    plan = Plan(tuple(sequences), ())
+    whole = runner.forward(plan)
+    parts = [runner.forward(part)[0] for part in plan.apart()]
+    assert torch.equal(whole, torch.stack(parts))
+    assert torch.equal(whole[[1, 3]], runner.forward(Plan((sequences[1], sequences[3]), ())))
+
+
+@torch.inference_mode()
+def test_nan_in_one_sequence_reaches_neither_its_neighbours_nor_its_successor() -> None:
+    model = random_gpt2()
+    clean = runner_of(model)
+    sequences = [made(10, i, 299) for i in range(3)]
+    expected = [prefilled(clean, s) for s in sequences]
+    runner = runner_of(model)
+    model.transformer.wte.weight[299] = torch.nan
+    sick = Sequence((5, 299, 6), SamplingParams(9, seed=0))
+    assert prefilled(runner, sick).isnan().all()
+    assert torch.equal(prefilled(runner, sequences[0]), expected[0])
+    runner.free(sick, tainted=True)
+    for sequence in sequences[1:]:
+        prefilled(runner, sequence)
+    for sequence in sequences:
+        sequence.output_ids.append(1)
+    assert runner.forward(Plan(tuple(sequences), ())).isfinite()[:, :299].all()
+
+
+def test_gpt2_with_options_that_it_does_not_compute_is_left_to_the_generic_runner() -> None:
+    assert GPT2Runner.takes(random_gpt2())
+    assert not GPT2Runner.takes(random_gpt2(activation_function="relu"))
+    assert not GPT2Runner.takes(random_gpt2(scale_attn_by_inverse_layer_idx=True))
+    assert not GPT2Runner.takes(torch.nn.Linear(1, 1))
