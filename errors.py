@@ -6,10 +6,12 @@
     ├── ContentRefusedError         400  the prompt holds a forbidden word
     ├── NotFoundError               404
     ├── ConflictError               409  not with a record in this state
+    │   └── CancelledError               the generation was cancelled
     ├── UnavailableError            503  + Retry-After
     │   ├── ModelNotReadyError           the model is loading or did not load
     │   ├── OverloadedError              the queue is full
-    │   └── StorageUnavailableError      the database does not take writes
+    │   ├── StorageUnavailableError      the database does not take writes
+    │   └── InterruptedGenerationError   the process that generated is stopping, or died
     ├── GenerationFailedError       500  the model failed on this request
     └── DeadlineExceededError       504
 
@@ -51,6 +53,11 @@ class ConflictError(ServiceError):
     status, code = 409, "conflict"
 
 
+class CancelledError(ConflictError):
+    code = "cancelled"
+    detail = "The generation was cancelled. Its text up to there is kept under the record's id."
+
+
 class UnavailableError(ServiceError):
     status, code = 503, "unavailable"
     retry_after = 1
@@ -70,6 +77,11 @@ class StorageUnavailableError(UnavailableError):
     code = "storage_unavailable"
     detail = "The database does not accept writes at the moment. Try again shortly."
     retry_after = 5
+
+
+class InterruptedGenerationError(UnavailableError):
+    code = "interrupted"
+    detail = "The generation was interrupted. Its text up to there is kept under the record's id."
 
 
 class GenerationFailedError(ServiceError):

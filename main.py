@@ -4,6 +4,7 @@ This module is the app: what the lifespan builds, the two headline routes, and w
 included. Importing it loads no model, opens no database and starts no thread.
 """
 
+import asyncio
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from fastapi import FastAPI
 
 import log
 from api import history as history_routes
-from api import operations
+from api import operations, streams
 from api.dependencies import DbSession, Generation, Owner
 from api.errors import add_handlers, responses
 from api.history import RecordId
@@ -25,10 +26,15 @@ from database import Database
 from errors import StartError
 from models import GenerateRequest, GenerationRecord, Record
 from services import history
+from services.checkpoints import CHECKPOINT_SECONDS, Checkpointer
 from services.content_filter import ContentFilter
+from services.drain import Drain
 from services.generation import GenerationService
 from services.leases import LeaseKeeper
+from services.live import LiveGenerations
 from services.model_host import ModelHost
+from services.streams import Streams
+from services.ticker import Ticker
 from settings import load_settings
 
 
@@ -42,19 +48,42 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     database.migrate()
     lease = LeaseKeeper(database)
     lease.start()
+    live = LiveGenerations(asyncio.get_running_loop())
     models = ModelHost(
-        settings.model, settings.dtype, settings.device, settings.max_waiting, stop_process
+        settings.model,
+        settings.dtype,
+        settings.device,
+        settings.max_waiting,
+        stop_process,
+        live.on_step,
     )
     models.start()
     app.state.database, app.state.lease, app.state.models = database, lease, models
     app.state.max_body_bytes = settings.max_body_bytes
-    app.state.generation = GenerationService(
-        models, ContentFilter(settings.forbidden_words), lease, settings.request_timeout_seconds
+    app.state.generation = generation = GenerationService(
+        database,
+        models,
+        ContentFilter(settings.forbidden_words),
+        lease,
+        live,
+        settings.request_timeout_seconds,
     )
+    checkpointer = Checkpointer(database, lease, live, generation)
+    checkpoints = Ticker("checkpoints", CHECKPOINT_SECONDS, checkpointer.tick)
+    checkpoints.start()
+    app.state.streams = Streams(database, live)
+
+    def close() -> None:
+        checkpoints.stop()
+        lease.stop()
+        database.close()
+
+    drain = Drain(models, live, settings.drain_seconds, close)
+    drain.install()
     yield
-    models.close()
-    lease.stop()
-    database.close()
+    drain.finish()
+    drain.uninstall()
+    close()
 
 
 def stop_process() -> None:
@@ -68,7 +97,7 @@ def serve() -> None:
         settings = load_settings()
     except StartError as error:
         sys.exit(str(error))
-    uvicorn.run("main:app", host=settings.host, port=settings.port, timeout_graceful_shutdown=30)
+    uvicorn.run("main:app", host=settings.host, port=settings.port)
 
 
 app = FastAPI(
@@ -98,6 +127,7 @@ def get_record(record_id: RecordId, session: DbSession, owner: Owner) -> Generat
 
 
 app.include_router(history_routes.router)
+app.include_router(streams.router)
 app.include_router(operations.router)
 
 

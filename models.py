@@ -6,11 +6,11 @@ else shows them (``generated_text``, a conversation, a stream) is a view of that
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, Boolean, DateTime, Dialect, Index, Integer, String, Text
 from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -110,6 +110,7 @@ class GenerationRecord(Base):
     completion_tokens: Mapped[int] = mapped_column(Integer)
     duration_ms: Mapped[int | None] = mapped_column(Integer)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    cancel_requested: Mapped[bool | None] = mapped_column(Boolean)
     lease_id: Mapped[int | None] = mapped_column(BigInteger)  # who runs it; null once it ended
 
     __table_args__ = (
@@ -186,6 +187,12 @@ class GenerateRequest(BaseModel):
     stop: Annotated[
         list[Annotated[CleanText, Field(min_length=1, max_length=100)]], Field(max_length=4)
     ] = Field(default_factory=list, description="The text ends before the first of these.")
+
+
+class StreamRequest(GenerateRequest):
+    on_disconnect: Literal["cancel", "finish"] = Field(
+        "cancel", description="What becomes of the generation when its last follower leaves."
+    )
 
 
 class Record(BaseModel):

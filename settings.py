@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     request_timeout_seconds: float = Field(
         120.0, gt=0, le=86_400, description="seconds, up to 86400: longest a generation may take"
     )
+    drain_seconds: float = Field(
+        30.0, ge=0, le=86_400, description="seconds: how long running work may take when stopping"
+    )
     request_threads: int = Field(
         400,
         ge=8,

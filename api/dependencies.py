@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from database import get_db
 from models import LOCAL_OWNER
 from services.generation import GenerationService
+from services.streams import Streams
 
 # With "function" the session is closed before the answer is sent, not after.
 DbSession = Annotated[Session, Depends(get_db, scope="function")]
@@ -26,4 +27,10 @@ async def get_generation_service(request: Request) -> GenerationService:
     return service
 
 
+async def get_streams(request: Request) -> Streams:
+    streams: Streams = request.app.state.streams
+    return streams
+
+
+StreamService = Annotated[Streams, Depends(get_streams)]
 Generation = Annotated[GenerationService, Depends(get_generation_service)]

@@ -1,7 +1,7 @@
 """One shape for every error, and one handler for each kind of exception."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -34,23 +34,37 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
-def render(
-    status: int,
-    code: str,
-    detail: object,
-    record_id: int | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    body = {"detail": detail, "code": code, "request_id": logs.request_id.get() or ""}
+def body(code: str, detail: object, record_id: int | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {"detail": detail, "code": code}
+    found["request_id"] = logs.request_id.get() or ""
     if record_id is not None:
-        body["id"] = record_id
-    return JSONResponse(body, status, headers)
+        found["id"] = record_id
+    return found
+
+
+def error_body(error: ServiceError) -> dict[str, Any]:
+    return body(error.code, error.detail, error.record_id)
+
+
+def validation_body(errors: Sequence[Any]) -> dict[str, Any]:
+    """FastAPI's list, without what the client sent: it may be large, or not even text."""
+    found = errors[:REPORTED_ERRORS]
+    nul = any(item["type"] == "nul_character" for item in found)
+    detail = [
+        {
+            "type": item["type"],
+            "loc": [safe(part) for part in item["loc"]],
+            "msg": safe(item["msg"]),
+        }
+        for item in found
+    ]
+    return body(CODES[400 if nul else 422], detail)
 
 
 def service_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
     headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return render(error.status, error.code, error.detail, error.record_id, headers)
+    return JSONResponse(error_body(error), error.status, headers)
 
 
 def storage_error(request: Request, error: Exception) -> JSONResponse:
@@ -61,23 +75,17 @@ def storage_error(request: Request, error: Exception) -> JSONResponse:
 def http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code, "http_error")
-    return render(error.status_code, code, error.detail, headers=error.headers)
+    return JSONResponse(body(code, error.detail), error.status_code, error.headers)
 
 
 def validation_error(_: Request, error: Exception) -> JSONResponse:
-    """FastAPI's list, without what the client sent: it may be large, or not even text."""
     assert isinstance(error, RequestValidationError)
-    found = error.errors()[:REPORTED_ERRORS]
-    status = 400 if any(item["type"] == "nul_character" for item in found) else 422
-    detail = [
-        {
-            "type": item["type"],
-            "loc": [safe(part) for part in item["loc"]],
-            "msg": safe(item["msg"]),
-        }
-        for item in found
-    ]
-    return render(status, CODES[status], detail)
+    found = validation_body(error.errors())
+    return JSONResponse(found, 400 if found["code"] == CODES[400] else 422)
+
+
+def internal_error() -> JSONResponse:
+    return JSONResponse(body("internal_error", "Something went wrong on our side."), 500)
 
 
 def safe(part: str | int) -> str | int:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import log as logs
 import metrics
-from api.errors import render
+from api.errors import internal_error
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,7 @@ class RequestContext:
             log.exception("request failed")
             if status:
                 raise  # the answer has begun: only a cut connection is honest
-            answer = render(500, "internal_error", "Something went wrong on our side.")
-            await answer(scope, receive, send_with_id)
+            await internal_error()(scope, receive, send_with_id)
         finally:
             report(scope, status, time.perf_counter() - began)
             logs.request_id.reset(token)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Select, delete, select, update
+from sqlalchemy import Select, bindparam, delete, select, update
 from sqlalchemy.orm import Session
 
 from models import FinishReason, GenerationRecord, HistoryQuery, Status
@@ -26,10 +26,49 @@ def finish(session: Session, owner_id: str, record_id: int, **values: Any) -> bo
             GenerationRecord.owner_id == owner_id,
             GenerationRecord.status == Status.IN_PROGRESS,
         )
-        .values(lease_id=None, **values)
+        .values(lease_id=None, cancel_requested=None, **values)
         .execution_options(synchronize_session=False)
     )
     return changed(session, statement) == 1
+
+
+def checkpoint(session: Session, texts: Sequence[tuple[int, str, int]]) -> None:
+    """Store how far running texts have come: (record id, text, tokens) of whatever owner."""
+    statement = (
+        update(GenerationRecord)
+        .where(
+            GenerationRecord.id == bindparam("record"),
+            GenerationRecord.status == Status.IN_PROGRESS,
+        )
+        .values(completion=bindparam("text"), completion_tokens=bindparam("tokens"))
+    )
+    rows = [{"record": record, "text": text, "tokens": tokens} for record, text, tokens in texts]
+    session.connection().execute(statement, rows)
+
+
+def request_cancel(session: Session, owner_id: str, record_id: int) -> None:
+    """Ask whichever process runs the record to cancel it."""
+    session.execute(
+        update(GenerationRecord)
+        .where(
+            GenerationRecord.id == record_id,
+            GenerationRecord.owner_id == owner_id,
+            GenerationRecord.status == Status.IN_PROGRESS,
+        )
+        .values(cancel_requested=True)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def to_cancel(session: Session, lease_id: int) -> list[int]:
+    """Records of whatever owner that a process runs and somebody wants cancelled."""
+    return list(
+        session.scalars(
+            select(GenerationRecord.id).where(
+                GenerationRecord.lease_id == lease_id, GenerationRecord.cancel_requested.is_(True)
+            )
+        )
+    )
 
 
 def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord | None:

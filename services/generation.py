@@ -6,7 +6,8 @@ connection is held in between.
 
 import logging
 import secrets
-import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.orm import Session
 
 import metrics
-from database import transaction
+from database import Database, transaction
 from engine.errors import EngineFullError, EngineStoppedError, GenerationError
 from engine.sampling import SamplingParams
 from errors import (
+    CancelledError,
+    ConflictError,
     DeadlineExceededError,
     GenerationFailedError,
+    InterruptedGenerationError,
     InvalidRequestError,
     ModelNotReadyError,
     OverloadedError,
@@ -31,6 +35,7 @@ from models import FinishReason, GenerateRequest, GenerationRecord, Status
 from repositories import records
 from services.content_filter import ContentFilter
 from services.leases import LeaseKeeper
+from services.live import Live, LiveGenerations
 from services.model_host import ModelHost
 
 if TYPE_CHECKING:
@@ -41,11 +46,12 @@ log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 50  # so the default max_length is the prompt and 50 more
 FINISH_ATTEMPTS = 3
-STATUS_OF = {
-    FinishReason.STOP: Status.COMPLETED,
-    FinishReason.LENGTH: Status.COMPLETED,
-    FinishReason.CANCELLED: Status.CANCELLED,
-    FinishReason.INTERRUPTED: Status.INCOMPLETE,
+ENDINGS: dict[FinishReason, tuple[Status, type[ServiceError] | None]] = {
+    FinishReason.STOP: (Status.COMPLETED, None),
+    FinishReason.LENGTH: (Status.COMPLETED, None),
+    FinishReason.CANCELLED: (Status.CANCELLED, CancelledError),
+    FinishReason.DISCONNECTED: (Status.CANCELLED, CancelledError),
+    FinishReason.INTERRUPTED: (Status.INCOMPLETE, InterruptedGenerationError),
 }
 
 
@@ -64,8 +70,8 @@ class Ending:
 
     status: Status
     finish_reason: FinishReason
-    completion: str = ""
-    completion_tokens: int = 0
+    completion: str
+    completion_tokens: int
     error: type[ServiceError] | None = None
 
 
@@ -73,25 +79,76 @@ class GenerationService:
     """``timeout`` is the longest a generation may take, waiting included, in seconds."""
 
     def __init__(
-        self, models: ModelHost, content_filter: ContentFilter, lease: LeaseKeeper, timeout: float
+        self,
+        database: Database,
+        models: ModelHost,
+        content_filter: ContentFilter,
+        lease: LeaseKeeper,
+        live: LiveGenerations,
+        timeout: float,
     ) -> None:
+        self.database = database
         self.models = models
         self.content_filter = content_filter
         self.lease = lease
+        self.live = live
         self.timeout = timeout
+        self.unstored: deque[tuple[GenerationRecord, dict[str, Any]]] = deque()
+        # A producer waits most of its life, and admission bounds how many there are.
+        self.producers = ThreadPoolExecutor(models.max_waiting, thread_name_prefix="producer")
 
     def generate(
         self, session: Session, owner_id: str, request: GenerateRequest
     ) -> GenerationRecord:
         """Answer a prompt with a stored record. Raises ServiceErrors."""
+        live = self.begin(session, owner_id, request, finish_alone=True)
+        outcome = self.produce(session, live)
+        if isinstance(outcome, ServiceError):
+            raise outcome
+        return outcome
+
+    def stream(
+        self, session: Session, owner_id: str, request: GenerateRequest, finish_alone: bool
+    ) -> Live:
+        """Begin answering a prompt; a producer goes on alone. Raises ServiceErrors."""
+        live = self.begin(session, owner_id, request, finish_alone)
+        self.producers.submit(self.produce_alone, live)
+        return live
+
+    def begin(
+        self, session: Session, owner_id: str, request: GenerateRequest, finish_alone: bool
+    ) -> Live:
+        """Validate, take a place in the queue, store the prompt, and let the engine go."""
         self.content_filter.check(request.prompt)
         model, engine = self.models.running()
         plan = make_plan(model, request)
-        with admitted(engine, plan) as generation:
-            began = time.monotonic()
-            record = self.accept(session, owner_id, request, plan)
-            ending = self.run(generation)
-            return self.finish(session, record, ending, time.monotonic() - began)
+        generation = admitted(engine, plan)
+        try:
+            live = Live(self.accept(session, owner_id, request, plan), generation, finish_alone)
+        except BaseException:
+            generation.cancel()
+            raise
+        self.live.add(live)
+        return live
+
+    def produce_alone(self, live: Live) -> None:
+        with self.database.sessions() as session:
+            self.produce(session, live)
+
+    def produce(self, session: Session, live: Live) -> GenerationRecord | ServiceError:
+        """Run a generation to its end, store that, and then tell whoever waits for it."""
+        outcome: GenerationRecord | ServiceError = GenerationFailedError(record_id=live.record.id)
+        try:
+            with live.generation:
+                ending = self.run(live.generation)
+            outcome = self.finish(session, live.record, ending, live.seconds())
+        except ServiceError as error:
+            outcome = error
+        except Exception:
+            log.exception("a generation was not finished")
+        finally:
+            self.live.end(live, outcome)
+        return outcome
 
     def accept(
         self, session: Session, owner_id: str, request: GenerateRequest, plan: Plan
@@ -116,28 +173,23 @@ class GenerationService:
                 created_at=datetime.now(UTC),
                 lease_id=self.lease.lease_id,
             )
+        session.expunge(record)  # from here on it passes between threads, not sessions
         event(log, logging.INFO, "record accepted", id=record.id, tokens=record.prompt_tokens)
         return record
 
     def run(self, generation: "Generation") -> Ending:
-        generation.start()
+        error: type[ServiceError] | None = None
         try:
-            completion = generation.result(self.timeout)
+            generation.start()
+            generation.result(self.timeout)
         except TimeoutError:
             generation.cancel()
-            return failure(DeadlineExceededError)
+            error = DeadlineExceededError
         except GenerationError:
-            return failure(GenerationFailedError)
+            error = GenerationFailedError
         except EngineStoppedError:
-            return Ending(Status.INCOMPLETE, FinishReason.INTERRUPTED, error=ModelNotReadyError)
-        reason = FinishReason(completion.finish_reason.value)
-        return Ending(
-            STATUS_OF[reason],
-            reason,
-            completion.text,
-            len(completion.token_ids),
-            error=None if STATUS_OF[reason] is Status.COMPLETED else ModelNotReadyError,
-        )
+            error = InterruptedGenerationError
+        return ending_of(generation, error)
 
     def finish(
         self, session: Session, record: GenerationRecord, ending: Ending, seconds: float
@@ -150,15 +202,20 @@ class GenerationService:
             "completion_tokens": ending.completion_tokens,
             "duration_ms": round(seconds * 1000),
         }
-        if not commit_ending(session, record, values):
-            raise StorageUnavailableError(
+        try:
+            stored = commit_ending(session, record, values)
+        except StorageUnavailableError:
+            self.unstored.append((record, values))
+            raise
+        if not stored:
+            raise ConflictError(
                 "The record was deleted or closed while it was generated.", record_id=record.id
             )
         metrics.FINISHED.labels(ending.status).inc()
         metrics.TOKENS.inc(ending.completion_tokens)
         event(
             log,
-            logging.INFO if ending.error is None else logging.ERROR,
+            logging.ERROR if ending.status is Status.FAILED else logging.INFO,
             "record finished",
             id=record.id,
             status=ending.status.value,
@@ -172,6 +229,15 @@ class GenerationService:
             setattr(record, name, value)
         return record
 
+    def store_unstored(self) -> None:
+        """Store the endings that the database refused. Raises StorageUnavailableError."""
+        while self.unstored:
+            record, values = self.unstored[0]
+            with self.database.sessions() as session, transaction(session):
+                records.finish(session, record.owner_id, record.id, **values)
+            self.unstored.popleft()
+            event(log, logging.WARNING, "record finished late", id=record.id)
+
 
 def admitted(engine: "Engine", plan: Plan) -> "Generation":
     """A place in the queue. Raises OverloadedError, ModelNotReadyError."""
@@ -183,8 +249,18 @@ def admitted(engine: "Engine", plan: Plan) -> "Generation":
         raise ModelNotReadyError from None
 
 
-def failure(error: type[ServiceError]) -> Ending:
-    return Ending(Status.FAILED, FinishReason.ERROR, error=error)
+def ending_of(generation: "Generation", error: type[ServiceError] | None) -> Ending:
+    """What is kept of a generation that has ended, well or not: always the text it came to."""
+    snapshot = generation.snapshot()
+    text, tokens = snapshot.text, len(snapshot.token_ids)
+    if error is InterruptedGenerationError:
+        return Ending(Status.INCOMPLETE, FinishReason.INTERRUPTED, text, tokens, error)
+    if error is not None:
+        return Ending(Status.FAILED, FinishReason.ERROR, text, tokens, error)
+    assert snapshot.finish_reason is not None
+    reason = FinishReason(snapshot.finish_reason.value)
+    status, error = ENDINGS[reason]
+    return Ending(status, reason, text, tokens, error)
 
 
 def commit_ending(session: Session, record: GenerationRecord, values: dict[str, Any]) -> bool:
@@ -193,7 +269,6 @@ def commit_ending(session: Session, record: GenerationRecord, values: dict[str, 
     Trying again is safe: the row is only written while it is in progress, and a commit that took
     effect without saying so is recognised by what it wrote.
     """
-    session.expunge(record)
     for attempt in range(FINISH_ATTEMPTS):
         try:
             with transaction(session):

@@ -1,16 +1,21 @@
 """Reading and deleting what was kept."""
 
 import logging
+import time
 
 from sqlalchemy.orm import Session
 
 from database import transaction
-from errors import NotFoundError
+from engine.sampling import FinishReason
+from errors import ConflictError, NotFoundError
 from log import event
-from models import GenerationRecord, HistoryQuery
+from models import TERMINAL, GenerationRecord, HistoryQuery
 from repositories import records
+from services.live import LiveGenerations
 
 log = logging.getLogger(__name__)
+
+CANCEL_PATIENCE_SECONDS = 3.0
 
 
 def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord:
@@ -26,6 +31,32 @@ def page(
 ) -> tuple[list[GenerationRecord], bool]:
     """A page, newest first, and whether more follow."""
     return records.page(session, owner_id, query)
+
+
+def cancel(
+    session: Session, owner_id: str, record_id: int, live: LiveGenerations
+) -> GenerationRecord:
+    """Stop a generation in whichever process it runs, and wait a little for its end.
+
+    The record may still be in progress when that process has not heard of it yet. Raises
+    NotFoundError, and ConflictError when it had ended before.
+    """
+    if get(session, owner_id, record_id).status in TERMINAL:
+        raise ConflictError("The generation has already ended.", record_id=record_id)
+    session.rollback()
+    if (running := live.get(owner_id, record_id)) is not None:
+        running.generation.cancel(FinishReason.CANCELLED)
+    else:
+        with transaction(session):
+            records.request_cancel(session, owner_id, record_id)
+    deadline = time.monotonic() + CANCEL_PATIENCE_SECONDS
+    while True:
+        session.expire_all()
+        record = get(session, owner_id, record_id)
+        session.rollback()
+        if record.status in TERMINAL or time.monotonic() > deadline:
+            return record
+        time.sleep(0.05)
 
 
 def delete(session: Session, owner_id: str, record_id: int) -> None:

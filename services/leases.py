@@ -9,7 +9,6 @@ record is in progress, so an idle service does not write.
 
 import logging
 import os
-import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from errors import StorageUnavailableError
 from log import event
 from models import Lease
 from repositories import leases, records
+from services.ticker import Ticker
 
 log = logging.getLogger(__name__)
 
@@ -54,33 +54,21 @@ class LeaseKeeper:
         self.process = process_identity(os.getpid()) or str(os.getpid())
         self.lease_id = 0
         self.silence: dict[int, tuple[int, int]] = {}  # lease: its last beat, ours since then
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self.run, name="leases", daemon=True)
+        self.ticker = Ticker("leases", BEAT_SECONDS, self.tick)
 
     def start(self) -> None:
         """Take a lease, close what died on this machine, and go on looking."""
         self.sweep()
-        self.thread.start()
+        self.ticker.start()
 
     def stop(self) -> None:
-        self.stopping.set()
-        if self.thread.is_alive():
-            self.thread.join()
+        self.ticker.stop()
         with (
             suppress(StorageUnavailableError),
             self.database.sessions() as session,
             transaction(session),
         ):
             leases.remove(session, [self.lease_id])
-
-    def run(self) -> None:
-        while not self.stopping.wait(BEAT_SECONDS):
-            try:
-                self.tick()
-            except StorageUnavailableError:
-                pass  # logged where it was raised; nobody is judged meanwhile
-            except Exception:
-                log.exception("lease upkeep failed")
 
     def beat(self) -> None:
         """A real write that harms nothing. Raises StorageUnavailableError."""

@@ -10,18 +10,23 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from engine.sampling import FinishReason
 from errors import ModelNotReadyError
 from log import event
 
 if TYPE_CHECKING:  # importing torch takes seconds; the loading thread does it
-    from engine.engine import Engine
+    from engine.engine import Engine, StepOutput
     from engine.loading import LoadedModel
 
 log = logging.getLogger(__name__)
 
 
 class ModelHost:
-    """Loads one model. ``on_failure`` is called when a model that somebody named did not load."""
+    """Loads one model and runs it.
+
+    ``on_failure`` is called when a model that somebody named did not load, ``on_step`` once a step
+    with what it gave all running generations.
+    """
 
     def __init__(
         self,
@@ -30,14 +35,17 @@ class ModelHost:
         device: str,
         max_waiting: int,
         on_failure: Callable[[], None],
+        on_step: "Callable[[list[StepOutput]], None]",
     ) -> None:
         self.name, self.dtype, self.device = name, dtype, device
         self.max_waiting = max_waiting
         self.on_failure = on_failure
+        self.on_step = on_step
         self.engine: Engine | None = None
         self.model: LoadedModel | None = None
         self.failure: str | None = None
         self.closed = False
+        self.refusal: str | None = None
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self.load, name="load-model", daemon=True)
 
@@ -61,7 +69,9 @@ class ModelHost:
         with self.lock:
             if self.closed:
                 return
-            self.model, self.engine = model, Engine(model, max_waiting=self.max_waiting)
+            engine = Engine(model, max_waiting=self.max_waiting)
+            engine.subscribe(self.on_step)
+            self.model, self.engine = model, engine
         event(
             log,
             logging.INFO,
@@ -89,12 +99,19 @@ class ModelHost:
 
     def unready(self) -> str | None:
         """Why the model cannot be used now, in words that a client may see; None when it can."""
+        if self.refusal is not None:
+            return self.refusal
         if self.engine is not None:
             return None if self.engine.healthy else "it stopped after an error"
         return "it is still loading" if self.failure is None else "it did not load"
 
+    def refuse(self, reason: str) -> None:
+        """Take no more work; what runs goes on."""
+        self.refusal = reason
+
     def close(self) -> None:
+        """Interrupt what runs."""
         with self.lock:
             self.closed = True
         if self.engine is not None:
-            self.engine.close(timeout=5.0)
+            self.engine.close(timeout=5.0, reason=FinishReason.INTERRUPTED)

@@ -52,6 +52,7 @@ def upgrade() -> None:
         sa.Column("completion_tokens", sa.Integer, nullable=False),
         sa.Column("duration_ms", sa.Integer),
         sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("cancel_requested", sa.Boolean),
         sa.Column("lease_id", sa.BigInteger),
         **OPTIONS,
     )

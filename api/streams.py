@@ -1,0 +1,143 @@
+"""Answers as they are written: server-sent events and a WebSocket, with the same events.
+
+``start`` {"id"}, ``token`` {"text"}, then one of ``done`` (the record) and ``error`` (the error
+body). An event's id, sent back as ``Last-Event-ID``, is where a stream goes on.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, WebSocket
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.websockets import WebSocketDisconnect
+
+from api.dependencies import DbSession, Generation, Owner, StreamService
+from api.errors import error_body, responses, validation_body
+from api.history import RecordId
+from errors import InvalidRequestError, ServiceError
+from models import LOCAL_OWNER, GenerationRecord, Record, StreamRequest
+from services import history, streams
+from services.live import Live
+from services.streams import END_ID, Done, Event, Failed, Piece, Start
+
+router = APIRouter(tags=["streams"])
+
+
+def begin_stream(
+    request: StreamRequest, session: DbSession, owner: Owner, service: Generation
+) -> Live:
+    """Accept the prompt, or answer with an error, before the first byte of a stream."""
+    return service.stream(session, owner, request, request.on_disconnect == "finish")
+
+
+def find_record(record_id: RecordId, owner: Owner, service: StreamService) -> GenerationRecord:
+    return service.find(owner, record_id)
+
+
+def last_offset(
+    last_event_id: Annotated[str | None, Header(max_length=32)] = None,
+) -> int | None:
+    """Characters that the client has, from the event id it saw last; -1 after the last event."""
+    if last_event_id is None or last_event_id == "":
+        return None
+    if last_event_id == END_ID:
+        return -1
+    if not last_event_id.isascii() or not last_event_id.isdigit():
+        raise InvalidRequestError("Last-Event-ID takes the id of an event of this stream.")
+    return int(last_event_id)
+
+
+@router.post(
+    "/generate/stream",
+    response_class=EventSourceResponse,
+    responses=responses(400, 413, 500, 503, 504),
+)
+async def generate_stream(
+    live: Annotated[Live, Depends(begin_stream)],
+) -> AsyncIterator[ServerSentEvent]:
+    """Continue a prompt, piece by piece. The record is stored before `done` is sent."""
+    async for event in sent(streams.follow(live)):
+        yield event
+
+
+@router.get(
+    "/history/{record_id}/stream",
+    response_class=EventSourceResponse,
+    responses=responses(404, 503),
+)
+async def resume_stream(
+    record: Annotated[GenerationRecord, Depends(find_record)],
+    offset: Annotated[int | None, Depends(last_offset)],
+    service: StreamService,
+) -> AsyncIterator[ServerSentEvent]:
+    """Follow a record from where `Last-Event-ID` left it, while it is written and afterwards."""
+    if offset == -1:
+        return
+    async for event in sent(service.resume(record, offset)):
+        yield event
+
+
+@router.post(
+    "/history/{record_id}/cancel", response_model=Record, responses=responses(404, 409, 503)
+)
+def cancel(
+    record_id: RecordId, session: DbSession, owner: Owner, service: Generation
+) -> GenerationRecord:
+    """Stop a generation. Its text up to there is kept."""
+    return history.cancel(session, owner, record_id, service.live)
+
+
+@router.websocket("/ws/generate")
+async def generate_socket(socket: WebSocket) -> None:
+    """Each message is a request as for `POST /generate/stream`; its events come as messages."""
+    await socket.accept()
+    try:
+        while True:
+            await answer(socket, await socket.receive_text())
+    except WebSocketDisconnect:
+        pass
+
+
+async def answer(socket: WebSocket, message: str) -> None:
+    try:
+        request = StreamRequest.model_validate_json(message)
+        live = await run_in_threadpool(begin_alone, socket, request)
+    except ValidationError as error:
+        await socket.send_json({"event": "error", "data": validation_body(error.errors())})
+        return
+    except ServiceError as error:
+        await socket.send_json({"event": "error", "data": error_body(error)})
+        return
+    async with aclosing(streams.follow(live)) as events:
+        async for event in events:
+            name, data = shape(event)
+            await socket.send_json({"event": name, "id": event.id, "data": data})
+
+
+def begin_alone(socket: WebSocket, request: StreamRequest) -> Live:
+    state = socket.app.state
+    with state.database.sessions() as session:
+        return begin_stream(request, session, LOCAL_OWNER, state.generation)
+
+
+async def sent(events: AsyncGenerator[Event]) -> AsyncIterator[ServerSentEvent]:
+    async with aclosing(events) as following:
+        async for event in following:
+            name, data = shape(event)
+            yield ServerSentEvent(event=name, data=data, id=event.id)
+
+
+def shape(event: Event) -> tuple[str, dict[str, Any]]:
+    """An event's name and its data, ready for JSON."""
+    match event:
+        case Start(record_id):
+            return "start", {"id": record_id}
+        case Piece(text):
+            return "token", {"text": text}
+        case Done(record):
+            return "done", Record.model_validate(record).model_dump(mode="json")
+        case Failed(error):
+            return "error", error_body(error)

@@ -1,0 +1,75 @@
+"""The end of a process: no new work, running work finishes in its time, the rest is interrupted.
+
+Servers wait for open connections before they shut an application down, some without end: for a
+request body that never comes, say. So the deadline is kept here, from the signal on.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from log import event
+from services.live import LiveGenerations
+from services.model_host import ModelHost
+
+log = logging.getLogger(__name__)
+
+STORING_SECONDS = 1.5  # for the rows of what had to be interrupted
+
+
+class Drain:
+    """``grace`` seconds after SIGTERM or SIGINT, ``close`` is called and the server told to go."""
+
+    def __init__(
+        self, models: ModelHost, live: LiveGenerations, grace: float, close: Callable[[], None]
+    ) -> None:
+        self.models = models
+        self.live = live
+        self.grace = grace
+        self.close = close
+        self.previous: dict[int, Any] = {}
+        self.began = threading.Event()
+        self.finished = threading.Event()
+
+    def install(self) -> None:
+        """Hear the signals before the server does. Only a main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.getsignal(number)
+            signal.signal(number, self.on_signal)
+
+    def uninstall(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous.clear()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.began.is_set():
+            self.began.set()
+            self.models.refuse("it is stopping")
+            threading.Thread(target=self.keep_deadline, name="drain", daemon=True).start()
+        previous = self.previous.get(number)
+        if callable(previous):
+            previous(number, frame)
+
+    def keep_deadline(self) -> None:
+        if self.finished.wait(self.grace):
+            return
+        self.finish()
+        self.close()
+        os.kill(os.getpid(), signal.SIGINT)  # the second signal: leave the connections
+
+    def finish(self) -> None:
+        """Interrupt what still runs and let its rows be stored. Once."""
+        if self.finished.is_set():
+            return
+        self.finished.set()
+        running = len(self.live.all())
+        self.models.close()
+        stored = self.live.wait_until_none(STORING_SECONDS)
+        event(log, logging.INFO, "drained", interrupted=running, all_stored=stored)
