@@ -81,7 +81,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     drain = Drain(models, live, settings.drain_seconds, close)
     drain.install()
     yield
-    drain.finish()
+    await anyio.to_thread.run_sync(drain.finish)
     drain.uninstall()
     close()
 

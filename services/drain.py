@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -32,7 +33,8 @@ class Drain:
         self.grace = grace
         self.close = close
         self.previous: dict[int, Any] = {}
-        self.began = threading.Event()
+        self.deadline: float | None = None
+        self.lock = threading.Lock()
         self.finished = threading.Event()
 
     def install(self) -> None:
@@ -49,8 +51,8 @@ class Drain:
         self.previous.clear()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self.began.is_set():
-            self.began.set()
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self.grace
             self.models.refuse("it is stopping")
             threading.Thread(target=self.keep_deadline, name="drain", daemon=True).start()
         previous = self.previous.get(number)
@@ -58,6 +60,7 @@ class Drain:
             previous(number, frame)
 
     def keep_deadline(self) -> None:
+        """Where the server has not come to its end by the deadline, end it."""
         if self.finished.wait(self.grace):
             return
         self.finish()
@@ -65,11 +68,14 @@ class Drain:
         os.kill(os.getpid(), signal.SIGINT)  # the second signal: leave the connections
 
     def finish(self) -> None:
-        """Interrupt what still runs and let its rows be stored. Once."""
-        if self.finished.is_set():
-            return
-        self.finished.set()
-        running = len(self.live.all())
-        self.models.close()
-        stored = self.live.wait_until_none(STORING_SECONDS)
+        """Wait for running work until the deadline, interrupt the rest, let its rows be stored."""
+        with self.lock:
+            if self.finished.is_set():
+                return
+            if self.deadline is not None:
+                self.live.wait_until_none(max(0.0, self.deadline - time.monotonic()))
+            running = len(self.live.all())
+            self.models.close()
+            stored = self.live.wait_until_none(STORING_SECONDS)
+            self.finished.set()
         event(log, logging.INFO, "drained", interrupted=running, all_stored=stored)

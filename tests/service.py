@@ -1,0 +1,85 @@
+"""How tests run the service: in this process, or as a real server in another one."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import httpx
+from fastapi.testclient import TestClient
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "weights" / "tiny-gpt2")
+
+
+def ready(client: TestClient) -> TestClient:
+    """The client, once the model is loaded."""
+    deadline = time.monotonic() + 60
+    while client.get("/health/ready").status_code != 200:
+        assert time.monotonic() < deadline, client.get("/health/ready").text
+        time.sleep(0.05)
+    return client
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """`uvicorn main:app` in a process of its own; what it prints goes to ``log``."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(self.port)]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"MODEL": TINY} | dict(environment),
+                stdout=output,
+                stderr=output,
+            )
+
+    def wait_until_ready(self) -> "Server":
+        self.wait_for("/health/ready")
+        return self
+
+    def wait_until_alive(self) -> "Server":
+        self.wait_for("/health/live")
+        return self
+
+    def wait_for(self, path: str) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(self.url + path, timeout=5).status_code == 200:
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"{path} was not answered: {self.log.read_text()}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(60)
+
+
+@contextlib.contextmanager
+def serving(log: Path, **environment: str) -> Iterator[Server]:
+    """A server that is ready, and gone at the end of the block."""
+    server = Server(environment, log)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.kill()
