@@ -226,6 +226,12 @@ def transaction(session: Session) -> Iterator[None]:
             raise
 
 
+def release(session: Session) -> None:
+    """End a read: the connection goes back to the pool, what was read stays as it was read."""
+    session.commit()
+    session.expunge_all()
+
+
 def kind(error: Exception) -> str:
     """An error's class, its driver's where there is one: all of it that may be shown."""
     return type(getattr(error, "orig", None) or error).__name__

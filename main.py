@@ -16,8 +16,8 @@ import uvicorn
 from fastapi import FastAPI
 
 import log
+from api import conversations, operations, streams
 from api import history as history_routes
-from api import operations, streams
 from api.dependencies import DbSession, Generation, Owner
 from api.errors import add_handlers, responses
 from api.history import RecordId
@@ -28,6 +28,7 @@ from models import GenerateRequest, GenerationRecord, Record
 from services import history
 from services.checkpoints import CHECKPOINT_SECONDS, Checkpointer
 from services.content_filter import ContentFilter
+from services.conversations import Replies
 from services.drain import Drain
 from services.generation import GenerationService
 from services.leases import LeaseKeeper
@@ -35,6 +36,7 @@ from services.live import LiveGenerations
 from services.model_host import ModelHost
 from services.streams import Streams
 from services.ticker import Ticker
+from services.titles import TITLE_SECONDS, Titler
 from settings import load_settings
 
 
@@ -71,9 +73,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     checkpointer = Checkpointer(database, lease, live, generation)
     checkpoints = Ticker("checkpoints", CHECKPOINT_SECONDS, checkpointer.tick)
     checkpoints.start()
+    app.state.replies = Replies(generation)
+    titles = Ticker("titles", TITLE_SECONDS, Titler(database, models).tick)
+    titles.start()
     app.state.streams = Streams(database, live)
 
     def close() -> None:
+        titles.stop()
         checkpoints.stop()
         lease.stop()
         database.close()
@@ -128,6 +134,7 @@ def get_record(record_id: RecordId, session: DbSession, owner: Owner) -> Generat
 
 app.include_router(history_routes.router)
 app.include_router(streams.router)
+app.include_router(conversations.router)
 app.include_router(operations.router)
 
 

@@ -10,7 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
-from sqlalchemy import JSON, BigInteger, Boolean, DateTime, Dialect, Index, Integer, String, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+)
 from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -28,6 +39,16 @@ class Status(StrEnum):
 
 
 TERMINAL = frozenset({Status.COMPLETED, Status.INCOMPLETE, Status.FAILED, Status.CANCELLED})
+
+
+STATUS_CODES = {
+    Status.QUEUED: 202,
+    Status.IN_PROGRESS: 202,
+    Status.COMPLETED: 200,
+    Status.INCOMPLETE: 503,
+    Status.FAILED: 500,
+    Status.CANCELLED: 409,
+}
 
 
 class FinishReason(StrEnum):
@@ -96,7 +117,9 @@ class GenerationRecord(Base):
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     owner_id: Mapped[str] = mapped_column(String(64))
     user_id: Mapped[str | None] = mapped_column(String(200))
-    conversation_id: Mapped[int | None] = mapped_column(BigInteger)
+    conversation_id: Mapped[int | None] = mapped_column(
+        ForeignKey("conversations.id", ondelete="CASCADE")
+    )
     status: Mapped[Status] = mapped_column(String(16))
     finish_reason: Mapped[FinishReason | None] = mapped_column(String(16))
     prompt: Mapped[str] = mapped_column(StoredText)
@@ -110,6 +133,7 @@ class GenerationRecord(Base):
     completion_tokens: Mapped[int] = mapped_column(Integer)
     duration_ms: Mapped[int | None] = mapped_column(Integer)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
     cancel_requested: Mapped[bool | None] = mapped_column(Boolean)
     lease_id: Mapped[int | None] = mapped_column(BigInteger)  # who runs it; null once it ended
 
@@ -119,6 +143,13 @@ class GenerationRecord(Base):
         Index("ix_records_status", "owner_id", "status", "id"),
         Index("ix_records_model", "owner_id", "model_name", "id"),
         Index("ix_records_created", "owner_id", "created_at", "id"),
+        Index(
+            "ix_records_conversation",
+            "conversation_id",
+            "id",
+            sqlite_where=conversation_id.is_not(None),
+            postgresql_where=conversation_id.is_not(None),
+        ),
         Index(
             "ix_records_open",
             "lease_id",
@@ -139,6 +170,53 @@ class GenerationRecord(Base):
     @property
     def cached(self) -> bool:
         return False
+
+    # A record as a message of its conversation.
+
+    @property
+    def prompt_content(self) -> str:
+        return self.prompt
+
+    @property
+    def response_content(self) -> str:
+        return self.completion
+
+    @property
+    def response_tokens(self) -> int:
+        return self.completion_tokens
+
+    @property
+    def is_success(self) -> bool:
+        return self.status == Status.COMPLETED
+
+    @property
+    def status_code(self) -> int:
+        """What a client that waited for the message was answered, or will be."""
+        return STATUS_CODES[Status(self.status)]
+
+
+class Conversation(Base):
+    __tablename__ = "conversations"
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    owner_id: Mapped[str] = mapped_column(String(64))
+    title: Mapped[str] = mapped_column(String(200))
+    title_pending: Mapped[bool | None] = mapped_column(Boolean)  # null once it has its title
+    initial_prompt: Mapped[str | None] = mapped_column(StoredText)  # what the title is made from
+    model_type: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+    __table_args__ = (
+        Index("ix_conversations_owner", "owner_id", "id"),
+        Index(
+            "ix_conversations_untitled",
+            "title_pending",
+            sqlite_where=title_pending.is_not(None),
+            postgresql_where=title_pending.is_not(None),
+        ),
+        TABLE_OPTIONS,
+    )
 
 
 class Lease(Base):
@@ -165,10 +243,9 @@ CleanText = Annotated[str, AfterValidator(refuse_nul)]
 UserId = Annotated[CleanText, Field(min_length=1, max_length=200)]
 
 
-class GenerateRequest(BaseModel):
+class SamplingOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    prompt: Annotated[CleanText, Field(min_length=1, max_length=500)]
     max_length: int | None = Field(
         None,
         strict=True,
@@ -189,10 +266,18 @@ class GenerateRequest(BaseModel):
     ] = Field(default_factory=list, description="The text ends before the first of these.")
 
 
-class StreamRequest(GenerateRequest):
+class GenerateRequest(SamplingOptions):
+    prompt: Annotated[CleanText, Field(min_length=1, max_length=500)]
+
+
+class OnDisconnect(BaseModel):
     on_disconnect: Literal["cancel", "finish"] = Field(
         "cancel", description="What becomes of the generation when its last follower leaves."
     )
+
+
+class StreamRequest(GenerateRequest, OnDisconnect):
+    pass
 
 
 class Record(BaseModel):
@@ -242,6 +327,92 @@ class HistoryQuery(Page):
     model_name: Annotated[CleanText, Field(max_length=200)] | None = None
     created_after: Moment | None = Field(None, description="Without an offset it is UTC.")
     created_before: Moment | None = Field(None, description="Without an offset it is UTC.")
+
+
+Title = Annotated[CleanText, Field(min_length=1, max_length=200)]
+MessageText = Annotated[CleanText, Field(max_length=100_000)]
+
+
+class ConversationCreate(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    title: Title | None = None
+    model_type: Title | None = Field(None, description="The running model when left out.")
+    initial_prompt: Annotated[MessageText, Field(min_length=1)] | None = Field(
+        None, description="The model suggests a title from it when none is given."
+    )
+
+
+class ConversationUpdate(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    title: Title | None = None
+    model_type: Title | None = None
+
+
+class ConversationOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True, protected_namespaces=())
+
+    id: int
+    title: str
+    model_type: str
+    created_at: datetime
+    updated_at: datetime
+
+
+class ConversationQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    skip: int = Field(0, ge=0, le=2**31 - 1)
+    take: int = Field(100, ge=1, le=100)
+    after: int | None = Field(
+        None, ge=1, le=2**63 - 1, description="The id that the previous page ended with."
+    )
+
+
+class MessageCreate(SamplingOptions):
+    prompt_content: Annotated[MessageText, Field(min_length=1)]
+    response_content: MessageText | None = Field(
+        None, description="Given, the exchange is stored as it is and nothing is generated."
+    )
+
+
+class MessageStreamRequest(MessageCreate, OnDisconnect):
+    response_content: None = None
+
+
+class MessagePage(Page):
+    limit: int = Field(100, ge=1, le=100)
+
+
+class TextStreamQuery(OnDisconnect):
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[CleanText, Field(min_length=1, max_length=500)]
+    conversation_id: int | None = Field(None, ge=1, le=2**63 - 1)
+
+
+class MessageUpdate(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    prompt_content: Annotated[MessageText, Field(min_length=1)] | None = None
+    response_content: MessageText | None = None
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    conversation_id: int
+    prompt_content: str
+    response_content: str
+    prompt_tokens: int
+    response_tokens: int
+    total_tokens: int
+    is_success: bool
+    status_code: int
+    created_at: datetime
+    updated_at: datetime
 
 
 class ErrorBody(BaseModel):

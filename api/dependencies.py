@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from database import get_db
 from models import LOCAL_OWNER
+from services.conversations import Replies
 from services.generation import GenerationService
 from services.streams import Streams
 
@@ -32,5 +33,11 @@ async def get_streams(request: Request) -> Streams:
     return streams
 
 
+async def get_replies(request: Request) -> Replies:
+    replies: Replies = request.app.state.replies
+    return replies
+
+
+ReplyService = Annotated[Replies, Depends(get_replies)]
 StreamService = Annotated[Streams, Depends(get_streams)]
 Generation = Annotated[GenerationService, Depends(get_generation_service)]

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from engine.engine import Engine
 from engine.loading import load_model
 from models import GenerateRequest
-from services.generation import make_plan
+from services.planning import plan_prompt
 
 app = FastAPI()
 model = load_model(os.environ["MODEL"], os.environ.get("DTYPE", "auto"), "cpu")
@@ -24,7 +24,7 @@ async def ready() -> str:
 
 @app.post("/generate")
 def generate(request: GenerateRequest) -> dict[str, Any]:
-    plan = make_plan(model, request)
+    plan = plan_prompt(model, request.prompt, request)
     with engine.admit(plan.prompt_ids, plan.params) as generation:
         generation.start()
         completion = generation.result()

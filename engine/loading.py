@@ -7,6 +7,7 @@ from safetensors alone, no code from the hub, ever.
 import hashlib
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,41 @@ class LoadedModel:
         """Token ids of a text, as the pipeline tokenizes a prompt."""
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
+    def encode_thread(
+        self, turns: Sequence[tuple[str, str]], prompt: str
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """Token ids of a conversation up to the reply to ``prompt``, and where the reply stops.
+
+        The tokenizer's chat template where it has one; else ``User: …`` and ``Assistant: …``, a
+        line each.
+        """
+        if self.tokenizer.chat_template:
+            return self.encode_chat(turns, prompt), ()
+        lines = [f"User: {user}\nAssistant:{spaced(answer)}\n" for user, answer in turns]
+        text = "".join([*lines, f"User: {prompt}\nAssistant:"])
+        return self.encode(text), ("\nUser:",)
+
+    def encode_chat(self, turns: Sequence[tuple[str, str]], prompt: str) -> list[int]:
+        chat = []
+        for user, answer in [*turns, (prompt, None)]:
+            chat.append({"role": "user", "content": user})
+            if answer is not None:
+                chat.append({"role": "assistant", "content": answer})
+        encoded = self.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out; an unfinished character gives U+FFFD."""
         return str(
             self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
+
+
+def spaced(answer: str) -> str:
+    """An answer after ``Assistant:``, as the model writes it: with a space before it."""
+    return answer if answer.startswith(" ") else f" {answer}"
 
 
 def load_model(name: str | None, dtype: str, device: str) -> LoadedModel:

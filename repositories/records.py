@@ -10,8 +10,8 @@ from models import FinishReason, GenerationRecord, HistoryQuery, Status
 
 
 def add(session: Session, owner_id: str, **values: Any) -> GenerationRecord:
-    """Insert a record that is in progress; it has its id on return."""
-    record = GenerationRecord(owner_id=owner_id, status=Status.IN_PROGRESS, **values)
+    """Insert a record, in progress unless ``values`` say otherwise; it has its id on return."""
+    record = GenerationRecord(owner_id=owner_id, **({"status": Status.IN_PROGRESS} | values))
     session.add(record)
     session.flush()
     return record

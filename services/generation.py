@@ -5,8 +5,8 @@ connection is held in between.
 """
 
 import logging
-import secrets
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,28 +15,27 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.orm import Session
 
 import metrics
-from database import Database, transaction
+from database import Database, release, transaction
 from engine.errors import EngineFullError, EngineStoppedError, GenerationError
-from engine.sampling import SamplingParams
 from errors import (
     CancelledError,
     ConflictError,
     DeadlineExceededError,
     GenerationFailedError,
     InterruptedGenerationError,
-    InvalidRequestError,
     ModelNotReadyError,
     OverloadedError,
     ServiceError,
     StorageUnavailableError,
 )
 from log import event
-from models import FinishReason, GenerateRequest, GenerationRecord, Status
+from models import FinishReason, GenerateRequest, GenerationRecord, SamplingOptions, Status
 from repositories import records
 from services.content_filter import ContentFilter
 from services.leases import LeaseKeeper
 from services.live import Live, LiveGenerations
 from services.model_host import ModelHost
+from services.planning import Plan, plan_prompt
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Generation
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_NEW_TOKENS = 50  # so the default max_length is the prompt and 50 more
 FINISH_ATTEMPTS = 3
 ENDINGS: dict[FinishReason, tuple[Status, type[ServiceError] | None]] = {
     FinishReason.STOP: (Status.COMPLETED, None),
@@ -56,12 +54,13 @@ ENDINGS: dict[FinishReason, tuple[Status, type[ServiceError] | None]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A request made exact: what the engine is asked for, and by which model."""
+class Ask:
+    """What a client wants: a prompt continued, alone or as a message of a conversation."""
 
-    model: "LoadedModel"
-    prompt_ids: list[int]
-    params: SamplingParams
+    prompt: str
+    options: SamplingOptions
+    finish_alone: bool
+    conversation_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,34 +100,57 @@ class GenerationService:
         self, session: Session, owner_id: str, request: GenerateRequest
     ) -> GenerationRecord:
         """Answer a prompt with a stored record. Raises ServiceErrors."""
-        live = self.begin(session, owner_id, request, finish_alone=True)
-        outcome = self.produce(session, live)
-        if isinstance(outcome, ServiceError):
-            raise outcome
-        return outcome
+        return self.wait_for(session, self.continue_prompt(session, owner_id, request, True))
 
     def stream(
         self, session: Session, owner_id: str, request: GenerateRequest, finish_alone: bool
     ) -> Live:
         """Begin answering a prompt; a producer goes on alone. Raises ServiceErrors."""
-        live = self.begin(session, owner_id, request, finish_alone)
-        self.producers.submit(self.produce_alone, live)
-        return live
+        return self.let_go(self.continue_prompt(session, owner_id, request, finish_alone))
 
-    def begin(
+    def continue_prompt(
         self, session: Session, owner_id: str, request: GenerateRequest, finish_alone: bool
     ) -> Live:
-        """Validate, take a place in the queue, store the prompt, and let the engine go."""
-        self.content_filter.check(request.prompt)
+        ask = Ask(request.prompt, request, finish_alone)
+        return self.begin(
+            session, owner_id, ask, lambda model: plan_prompt(model, ask.prompt, ask.options)
+        )
+
+    def begin(
+        self,
+        session: Session,
+        owner_id: str,
+        ask: Ask,
+        plan: "Callable[[LoadedModel], Plan]",
+        enter: Callable[[Session], None] = lambda _: None,
+    ) -> Live:
+        """Validate, take a place in the queue, store the prompt.
+
+        ``enter`` is called in the transaction that stores it, and may refuse by raising.
+        """
+        self.content_filter.check(ask.prompt)
         model, engine = self.models.running()
-        plan = make_plan(model, request)
-        generation = admitted(engine, plan)
+        planned = plan(model)
+        generation = admitted(engine, planned)
         try:
-            live = Live(self.accept(session, owner_id, request, plan), generation, finish_alone)
+            record = self.accept(session, owner_id, ask, planned, enter)
         except BaseException:
             generation.cancel()
             raise
+        live = Live(record, generation, ask.finish_alone)
         self.live.add(live)
+        return live
+
+    def wait_for(self, session: Session, live: Live) -> GenerationRecord:
+        """Run it here. Raises ServiceErrors."""
+        outcome = self.produce(session, live)
+        if isinstance(outcome, ServiceError):
+            raise outcome
+        return outcome
+
+    def let_go(self, live: Live) -> Live:
+        """Run it in a producer's thread."""
+        self.producers.submit(self.produce_alone, live)
         return live
 
     def produce_alone(self, live: Live) -> None:
@@ -151,17 +173,25 @@ class GenerationService:
         return outcome
 
     def accept(
-        self, session: Session, owner_id: str, request: GenerateRequest, plan: Plan
+        self,
+        session: Session,
+        owner_id: str,
+        ask: Ask,
+        plan: Plan,
+        enter: Callable[[Session], None],
     ) -> GenerationRecord:
         """Commit the prompt. From here on it cannot be lost."""
+        now = datetime.now(UTC)
         parameters = asdict(plan.params)
         seed = parameters.pop("seed")
         with transaction(session):
+            enter(session)
             record = records.add(
                 session,
                 owner_id,
-                user_id=request.user_id,
-                prompt=request.prompt,
+                conversation_id=ask.conversation_id,
+                user_id=ask.options.user_id,
+                prompt=ask.prompt,
                 completion="",
                 model_name=plan.model.name,
                 model_fingerprint=plan.model.fingerprint,
@@ -170,7 +200,8 @@ class GenerationService:
                 seed=seed,
                 prompt_tokens=len(plan.prompt_ids),
                 completion_tokens=0,
-                created_at=datetime.now(UTC),
+                created_at=now,
+                updated_at=now,
                 lease_id=self.lease.lease_id,
             )
         session.expunge(record)  # from here on it passes between threads, not sessions
@@ -201,6 +232,7 @@ class GenerationService:
             "completion": ending.completion,
             "completion_tokens": ending.completion_tokens,
             "duration_ms": round(seconds * 1000),
+            "updated_at": datetime.now(UTC),
         }
         try:
             stored = commit_ending(session, record, values)
@@ -284,41 +316,5 @@ def commit_ending(session: Session, record: GenerationRecord, values: dict[str, 
 def is_stored(session: Session, record: GenerationRecord, values: dict[str, Any]) -> bool:
     found = records.get(session, record.owner_id, record.id)
     same = found is not None and all(getattr(found, name) == v for name, v in values.items())
-    session.rollback()
+    release(session)
     return same
-
-
-def make_plan(model: "LoadedModel", request: GenerateRequest) -> Plan:
-    """Fill in what the request left open and refuse what cannot be done.
-
-    Raises InvalidRequestError when the prompt leaves no room for one new token.
-    """
-    prompt_ids = model.encode(request.prompt)
-    given, own = request, model.defaults
-    params = SamplingParams(
-        max_new_tokens=new_tokens(len(prompt_ids), request.max_length, model.context_size),
-        seed=secrets.randbits(63) if given.seed is None else given.seed,
-        temperature=own.temperature if given.temperature is None else given.temperature,
-        top_k=own.top_k if given.top_k is None else given.top_k,
-        top_p=own.top_p if given.top_p is None else given.top_p,
-        repetition_penalty=own.repetition_penalty,
-        stop=tuple(given.stop),
-    )
-    return Plan(model, prompt_ids, params)
-
-
-def new_tokens(prompt: int, max_length: int | None, context: int) -> int:
-    """How many tokens to generate after ``prompt`` tokens. Raises InvalidRequestError."""
-    if prompt >= context:
-        raise InvalidRequestError(
-            f"The prompt is {prompt} tokens long, and the model's context is {context} tokens:"
-            " it leaves no room for one new token."
-        )
-    if max_length is None:
-        return min(DEFAULT_NEW_TOKENS, context - prompt)
-    if prompt >= max_length:
-        raise InvalidRequestError(
-            f"The prompt is {prompt} tokens long, and max_length is {max_length} tokens, prompt"
-            " included: it leaves no room for one new token."
-        )
-    return min(max_length, context) - prompt

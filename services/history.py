@@ -5,7 +5,7 @@ import time
 
 from sqlalchemy.orm import Session
 
-from database import transaction
+from database import release, transaction
 from engine.sampling import FinishReason
 from errors import ConflictError, NotFoundError
 from log import event
@@ -43,7 +43,7 @@ def cancel(
     """
     if get(session, owner_id, record_id).status in TERMINAL:
         raise ConflictError("The generation has already ended.", record_id=record_id)
-    session.rollback()
+    release(session)
     if (running := live.get(owner_id, record_id)) is not None:
         running.generation.cancel(FinishReason.CANCELLED)
     else:
@@ -53,7 +53,7 @@ def cancel(
     while True:
         session.expire_all()
         record = get(session, owner_id, record_id)
-        session.rollback()
+        release(session)
         if record.status in TERMINAL or time.monotonic() > deadline:
             return record
         time.sleep(0.05)

@@ -97,6 +97,10 @@ class ModelHost:
         assert self.engine is not None
         return self.model, self.engine
 
+    def model_name(self) -> str:
+        """What runs, or will: for rows that name it before it is loaded."""
+        return self.model.name if self.model is not None else self.name or "gpt2"
+
     def unready(self) -> str | None:
         """Why the model cannot be used now, in words that a client may see; None when it can."""
         if self.refusal is not None:

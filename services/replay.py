@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
+from database import release
 from engine.errors import EngineStoppedError, GenerationError
 from engine.sampling import Completion, SamplingParams
 from errors import (
@@ -17,9 +18,11 @@ from errors import (
 )
 from log import event
 from models import GenerationRecord, Status
+from repositories import conversations
 from services import history
-from services.generation import Plan, admitted
+from services.generation import admitted
 from services.model_host import ModelHost
+from services.planning import CONTEXT_TURNS, Plan, Turn, fit_thread
 
 if TYPE_CHECKING:
     from engine.loading import LoadedModel
@@ -47,13 +50,19 @@ def replay(
 ) -> Replay:
     """Raises NotFoundError, ConflictError for a record without a text, and what running raises."""
     record = history.get(session, owner_id, record_id)
-    session.rollback()  # gives the connection back while the model runs
+    thread = thread_before(session, record)
+    release(session)  # no connection is held while the model runs
     if record.status not in (Status.COMPLETED, Status.INCOMPLETE, Status.CANCELLED):
         raise ConflictError("The record has no text to compare with.", record_id=record.id)
     model, engine = models.running()
     if (record.model_fingerprint, record.dtype) != (model.fingerprint, model.dtype):
         return Replay(record.id, Verdict.MODEL_CHANGED)
-    plan = Plan(model, model.encode(record.prompt), stored_params(record))
+    params = stored_params(record)
+    if record.conversation_id is None:
+        prompt_ids = model.encode(record.prompt)
+    else:
+        prompt_ids = fit_thread(model, thread, record.prompt, params.max_new_tokens)
+    plan = Plan(model, prompt_ids, params)
     with admitted(engine, plan) as generation:
         generation.start()
         try:
@@ -67,6 +76,16 @@ def replay(
     verdict = compare(model, plan.prompt_ids, record, again)
     event(log, logging.INFO, "record replayed", id=record.id, result=verdict.result.value)
     return verdict
+
+
+def thread_before(session: Session, record: GenerationRecord) -> list[Turn]:
+    """What was said before a message, as the conversation has it today."""
+    if record.conversation_id is None:
+        return []
+    found = conversations.latest(
+        session, record.owner_id, record.conversation_id, CONTEXT_TURNS, before=record.id
+    )
+    return [(earlier.prompt, earlier.completion) for earlier in found]
 
 
 def stored_params(record: GenerationRecord) -> SamplingParams:

@@ -1,4 +1,4 @@
-"""Create generation_records and leases.
+"""Create conversations, generation_records and leases.
 
 A migration never imports the models: it must mean the same when they have moved on.
 """
@@ -34,11 +34,25 @@ def upgrade() -> None:
         **OPTIONS,
     )
     op.create_table(
+        "conversations",
+        sa.Column("id", ID, primary_key=True),
+        sa.Column("owner_id", sa.String(64), nullable=False),
+        sa.Column("title", sa.String(200), nullable=False),
+        sa.Column("title_pending", sa.Boolean),
+        sa.Column("initial_prompt", LONG_TEXT),
+        sa.Column("model_type", sa.String(200), nullable=False),
+        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("updated_at", MOMENT, nullable=False),
+        **OPTIONS,
+    )
+    op.create_index("ix_conversations_owner", "conversations", ["owner_id", "id"])
+    partial_index("ix_conversations_untitled", "conversations", ["title_pending"])
+    op.create_table(
         "generation_records",
         sa.Column("id", ID, primary_key=True),
         sa.Column("owner_id", sa.String(64), nullable=False),
         sa.Column("user_id", sa.String(200)),
-        sa.Column("conversation_id", sa.BigInteger),
+        sa.Column("conversation_id", ID, sa.ForeignKey("conversations.id", ondelete="CASCADE")),
         sa.Column("status", sa.String(16), nullable=False),
         sa.Column("finish_reason", sa.String(16)),
         sa.Column("prompt", LONG_TEXT, nullable=False),
@@ -52,6 +66,7 @@ def upgrade() -> None:
         sa.Column("completion_tokens", sa.Integer, nullable=False),
         sa.Column("duration_ms", sa.Integer),
         sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("updated_at", MOMENT, nullable=False),
         sa.Column("cancel_requested", sa.Boolean),
         sa.Column("lease_id", sa.BigInteger),
         **OPTIONS,
@@ -64,15 +79,17 @@ def upgrade() -> None:
     ):
         op.create_index(name, "generation_records", ["owner_id", column, "id"])
     op.create_index("ix_records_owner", "generation_records", ["owner_id", "id"])
-    op.create_index(
-        "ix_records_open",
-        "generation_records",
-        ["lease_id"],
-        sqlite_where=sa.text("lease_id IS NOT NULL"),
-        postgresql_where=sa.text("lease_id IS NOT NULL"),
-    )
+    partial_index("ix_records_conversation", "generation_records", ["conversation_id", "id"])
+    partial_index("ix_records_open", "generation_records", ["lease_id"])
+
+
+def partial_index(name: str, table: str, columns: list[str]) -> None:
+    """An index of the rows that have a value in its first column, where the database can."""
+    has_value = sa.text(f"{columns[0]} IS NOT NULL")
+    op.create_index(name, table, columns, sqlite_where=has_value, postgresql_where=has_value)
 
 
 def downgrade() -> None:
     op.drop_table("generation_records")
+    op.drop_table("conversations")
     op.drop_table("leases")

@@ -1,0 +1,209 @@
+"""Conversations and their messages."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from api.dependencies import DbSession, Generation, Owner, ReplyService
+from api.errors import responses
+from api.history import link_next_page
+from api.streams import sent
+from models import (
+    Conversation,
+    ConversationCreate,
+    ConversationOut,
+    ConversationQuery,
+    ConversationUpdate,
+    GenerateRequest,
+    GenerationRecord,
+    Message,
+    MessageCreate,
+    MessagePage,
+    MessageStreamRequest,
+    MessageUpdate,
+    TextStreamQuery,
+)
+from services import conversations, streams
+from services.live import Live
+
+router = APIRouter(tags=["conversations"])
+
+ConversationId = Annotated[int, Path(ge=1, le=2**63 - 1)]
+MessageId = Annotated[int, Path(ge=1, le=2**63 - 1)]
+
+
+def find_conversation(
+    conversation_id: ConversationId, session: DbSession, owner: Owner
+) -> Conversation:
+    return conversations.get(session, owner, conversation_id)
+
+
+Found = Annotated[Conversation, Depends(find_conversation)]
+
+
+@router.get("/conversations", response_model=list[ConversationOut], responses=responses(503))
+def list_conversations(
+    request: Request,
+    response: Response,
+    session: DbSession,
+    owner: Owner,
+    query: Annotated[ConversationQuery, Query()],
+) -> list[Conversation]:
+    """Newest first, by `skip` and `take`, or from page to page by the `Link` header."""
+    found, more = conversations.page(session, owner, query)
+    if more:
+        link_next_page(request, response, found[-1].id)
+    return found
+
+
+@router.post(
+    "/conversations",
+    status_code=201,
+    response_model=ConversationOut,
+    responses=responses(400, 503),
+)
+def create_conversation(
+    request: ConversationCreate, session: DbSession, owner: Owner, service: Generation
+) -> Conversation:
+    """Begin a conversation. With `initial_prompt` and no `title` the model suggests one."""
+    return conversations.create(session, owner, request, service.models.model_name())
+
+
+@router.get(
+    "/conversations/{conversation_id}",
+    response_model=ConversationOut,
+    responses=responses(404, 503),
+)
+def get_conversation(conversation: Found) -> Conversation:
+    return conversation
+
+
+@router.put(
+    "/conversations/{conversation_id}",
+    status_code=202,
+    response_model=ConversationOut,
+    responses=responses(400, 404, 503),
+)
+def update_conversation(
+    conversation_id: ConversationId, request: ConversationUpdate, session: DbSession, owner: Owner
+) -> Conversation:
+    """Change the title or the model type; what is left out stays."""
+    return conversations.change(session, owner, conversation_id, request)
+
+
+@router.delete("/conversations/{conversation_id}", status_code=204, responses=responses(404, 503))
+def delete_conversation(conversation_id: ConversationId, session: DbSession, owner: Owner) -> None:
+    """Delete a conversation and its messages."""
+    conversations.delete(session, owner, conversation_id)
+
+
+@router.get(
+    "/conversations/{conversation_id}/messages",
+    response_model=list[Message],
+    responses=responses(404, 503),
+)
+def list_messages(
+    request: Request,
+    response: Response,
+    conversation_id: ConversationId,
+    session: DbSession,
+    owner: Owner,
+    page: Annotated[MessagePage, Query()],
+) -> list[GenerationRecord]:
+    """Oldest first. A `Link` header leads to the next page while there is one."""
+    found, more = conversations.messages(session, owner, conversation_id, page)
+    if more:
+        link_next_page(request, response, found[-1].id)
+    return found
+
+
+@router.post(
+    "/conversations/{conversation_id}/messages",
+    status_code=201,
+    response_model=Message,
+    responses=responses(400, 404, 409, 413, 500, 503, 504),
+)
+def create_message(
+    conversation_id: ConversationId,
+    request: MessageCreate,
+    session: DbSession,
+    owner: Owner,
+    replies: ReplyService,
+) -> GenerationRecord:
+    """Say something and get a reply that knows the whole thread; or store an exchange as it is."""
+    return replies.reply(session, owner, conversation_id, request)
+
+
+def begin_reply(
+    conversation_id: ConversationId,
+    request: MessageStreamRequest,
+    session: DbSession,
+    owner: Owner,
+    replies: ReplyService,
+) -> Live:
+    """Accept the message, or answer with an error, before the first byte of a stream."""
+    alone = request.on_disconnect == "finish"
+    return replies.stream(session, owner, conversation_id, request, alone)
+
+
+@router.post(
+    "/conversations/{conversation_id}/messages/stream",
+    response_class=EventSourceResponse,
+    responses=responses(400, 404, 409, 413, 500, 503, 504),
+)
+async def stream_message(
+    live: Annotated[Live, Depends(begin_reply)],
+) -> AsyncIterator[ServerSentEvent]:
+    """The reply as it is written; `done` holds the record."""
+    async for event in sent(streams.follow(live)):
+        yield event
+
+
+@router.get("/messages/{message_id}", response_model=Message, responses=responses(404, 503))
+def get_message(message_id: MessageId, session: DbSession, owner: Owner) -> GenerationRecord:
+    return conversations.message(session, owner, message_id)
+
+
+@router.put(
+    "/messages/{message_id}",
+    status_code=202,
+    response_model=Message,
+    responses=responses(400, 404, 409, 503),
+)
+def update_message(
+    message_id: MessageId, request: MessageUpdate, session: DbSession, owner: Owner
+) -> GenerationRecord:
+    """Correct a message by hand; what is left out stays."""
+    return conversations.change_message(session, owner, message_id, request)
+
+
+@router.delete("/messages/{message_id}", status_code=204, responses=responses(404, 503))
+def delete_message(message_id: MessageId, session: DbSession, owner: Owner) -> None:
+    conversations.delete_message(session, owner, message_id)
+
+
+def begin_text(
+    query: Annotated[TextStreamQuery, Query()],
+    session: DbSession,
+    owner: Owner,
+    service: Generation,
+    replies: ReplyService,
+) -> Live:
+    alone = query.on_disconnect == "finish"
+    if query.conversation_id is None:
+        return service.stream(session, owner, GenerateRequest(prompt=query.prompt), alone)
+    message = MessageCreate(prompt_content=query.prompt)
+    return replies.stream(session, owner, query.conversation_id, message, alone)
+
+
+@router.get(
+    "/text/generate/stream",
+    response_class=EventSourceResponse,
+    responses=responses(400, 404, 409, 500, 503, 504),
+)
+async def stream_text(live: Annotated[Live, Depends(begin_text)]) -> AsyncIterator[ServerSentEvent]:
+    """A prompt continued, or answered in a conversation, for a browser's `EventSource`."""
+    async for event in sent(streams.follow(live)):
+        yield event

@@ -1,0 +1,90 @@
+"""Makes a request exact: which tokens the model reads, and how it chooses the next ones."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from engine.sampling import SamplingParams
+from errors import InvalidRequestError
+from models import SamplingOptions
+
+if TYPE_CHECKING:
+    from engine.loading import LoadedModel
+
+DEFAULT_NEW_TOKENS = 50  # so the default max_length is the prompt and 50 more
+CONTEXT_TURNS = 200  # the most that a reply looks back; a model's context ends before
+Turn = tuple[str, str]  # what the user said, what was answered
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the engine is asked for, and by which model."""
+
+    model: "LoadedModel"
+    prompt_ids: list[int]
+    params: SamplingParams
+
+
+def plan_prompt(model: "LoadedModel", prompt: str, options: SamplingOptions) -> Plan:
+    """Continue a prompt. Raises InvalidRequestError when it leaves no room for one new token."""
+    prompt_ids = model.encode(prompt)
+    room = new_tokens(len(prompt_ids), options.max_length, model.context_size)
+    return Plan(model, prompt_ids, sampling_params(model, options, room))
+
+
+def plan_reply(
+    model: "LoadedModel", thread: Sequence[Turn], prompt: str, options: SamplingOptions
+) -> Plan:
+    """Answer in a thread: as many of its latest turns as the context holds, oldest left out first.
+
+    ``max_length`` counts the tokens of the prompt and of the reply, as for a prompt alone. Raises
+    InvalidRequestError when not even the prompt leaves room.
+    """
+    own = len(model.encode(prompt))
+    bare, stop = model.encode_thread([], prompt)
+    room = new_tokens(own, options.max_length, model.context_size - (len(bare) - own))
+    params = sampling_params(model, options, room)
+    ids = fit_thread(model, thread, prompt, room)
+    return Plan(model, ids, replace(params, stop=params.stop + stop))
+
+
+def fit_thread(model: "LoadedModel", thread: Sequence[Turn], prompt: str, room: int) -> list[int]:
+    """Token ids of the thread's latest turns and the prompt that leave ``room`` for the reply."""
+    for first in range(len(thread)):
+        ids, _ = model.encode_thread(thread[first:], prompt)
+        if len(ids) + room <= model.context_size:
+            return ids
+    ids, _ = model.encode_thread([], prompt)
+    return ids
+
+
+def sampling_params(model: "LoadedModel", given: SamplingOptions, room: int) -> SamplingParams:
+    """The request's own options, the model's where it left them open."""
+    own = model.defaults
+    return SamplingParams(
+        max_new_tokens=room,
+        seed=secrets.randbits(63) if given.seed is None else given.seed,
+        temperature=own.temperature if given.temperature is None else given.temperature,
+        top_k=own.top_k if given.top_k is None else given.top_k,
+        top_p=own.top_p if given.top_p is None else given.top_p,
+        repetition_penalty=own.repetition_penalty,
+        stop=tuple(given.stop),
+    )
+
+
+def new_tokens(prompt: int, max_length: int | None, context: int) -> int:
+    """How many tokens to generate after ``prompt`` tokens. Raises InvalidRequestError."""
+    if prompt >= context:
+        raise InvalidRequestError(
+            f"The prompt is {prompt} tokens long, and the model's context is {context} tokens:"
+            " it leaves no room for one new token."
+        )
+    if max_length is None:
+        return min(DEFAULT_NEW_TOKENS, context - prompt)
+    if prompt >= max_length:
+        raise InvalidRequestError(
+            f"The prompt is {prompt} tokens long, and max_length is {max_length} tokens, prompt"
+            " included: it leaves no room for one new token."
+        )
+    return min(max_length, context) - prompt

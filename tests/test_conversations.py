@@ -1,0 +1,195 @@
+"""Conversations: the book's CRUD, replies with the whole thread, titles, streams in threads."""
+
+import itertools
+import threading
+import time
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.sse import events, text_of
+
+
+def new(client: TestClient, **fields: str) -> dict[str, Any]:
+    answer = client.post("/conversations", json=fields)
+    assert answer.status_code == 201
+    created: dict[str, Any] = answer.json()
+    return created
+
+
+def say(client: TestClient, conversation: dict[str, Any], text: str, **options: Any) -> Any:
+    body = {"prompt_content": text, "max_length": 30} | options
+    return client.post(f"/conversations/{conversation['id']}/messages", json=body)
+
+
+def test_a_conversation_is_created_read_changed_and_deleted(client: TestClient) -> None:
+    made = new(client, title="Tales")
+    assert set(made) == {"id", "title", "model_type", "created_at", "updated_at"}
+    path = f"/conversations/{made['id']}"
+    assert client.get(path).json() == made
+    changed = client.put(path, json={"title": "Other tales"})
+    assert changed.status_code == 202
+    assert changed.json()["title"] == "Other tales"
+    assert changed.json()["model_type"] == made["model_type"]
+    assert changed.json()["created_at"] == made["created_at"]
+    assert changed.json()["updated_at"] > made["updated_at"]
+    assert client.delete(path).status_code == 204
+    for gone in (client.get(path), client.put(path, json={}), client.delete(path)):
+        assert gone.status_code == 404
+        assert gone.json()["detail"] == "Conversation not found"
+
+
+def test_conversations_are_listed_newest_first_by_offset_and_by_key(client: TestClient) -> None:
+    made = [new(client, title=f"List {n}")["id"] for n in range(5)][::-1]
+    by_offset = client.get("/conversations?skip=1&take=2").json()
+    assert [found["id"] for found in by_offset] == made[1:3]
+    by_key = client.get(f"/conversations?take=2&after={made[1]}")
+    assert [found["id"] for found in by_key.json()] == made[2:4]
+    assert f"after={made[3]}" in by_key.headers["link"]
+
+
+def test_a_reply_is_stored_as_a_message_of_its_conversation(client: TestClient) -> None:
+    conversation = new(client, title="Reply")
+    answer = say(client, conversation, "Who lives in the wood?")
+    assert answer.status_code == 201
+    message = answer.json()
+    assert message["conversation_id"] == conversation["id"]
+    assert message["prompt_content"] == "Who lives in the wood?"
+    assert message["is_success"]
+    assert message["status_code"] == 200
+    assert message["total_tokens"] == message["prompt_tokens"] + message["response_tokens"]
+    assert client.get(f"/messages/{message['id']}").json() == message
+    listed = client.get(f"/conversations/{conversation['id']}/messages").json()
+    assert listed == [message]
+    record = client.get(f"/history/{message['id']}").json()
+    assert record["conversation_id"] == conversation["id"]
+    assert record["generated_text"] == message["prompt_content"] + message["response_content"]
+    replayed = client.post(f"/history/{message['id']}/replay").json()
+    assert replayed["result"] == "identical"
+
+
+def test_a_reply_has_read_the_thread(client: TestClient) -> None:
+    conversation = new(client, title="Thread")
+    first = say(client, conversation, "Tell me of a king").json()
+    second = say(client, conversation, "And then?", seed=3).json()
+    assert second["prompt_tokens"] > first["total_tokens"]
+    other = say(client, new(client, title="Other"), "And then?", seed=3).json()
+    assert other["prompt_tokens"] < second["prompt_tokens"]
+    assert other["response_content"] != second["response_content"]
+    assert client.post(f"/history/{second['id']}/replay").json()["result"] == "identical"
+
+
+def test_a_conversation_goes_on_past_the_models_context(client: TestClient) -> None:
+    conversation = new(client, title="Long")
+    exchange = {"prompt_content": "word " * 60, "response_content": "another word " * 60}
+    for _ in range(8):
+        path = f"/conversations/{conversation['id']}/messages"
+        assert client.post(path, json=exchange).status_code == 201
+    answer = say(client, conversation, "What did I say?")
+    assert answer.status_code == 201
+    assert 500 < answer.json()["prompt_tokens"] <= 1024 - 20
+
+
+def test_an_exchange_from_elsewhere_is_stored_as_it_is(client: TestClient) -> None:
+    conversation = new(client, title="Import")
+    answer = say(client, conversation, "Hello?", response_content="Hello.")
+    assert answer.status_code == 201
+    assert answer.json()["response_content"] == "Hello."
+    assert answer.json()["response_tokens"] > 0
+
+
+def test_a_message_is_changed_and_deleted(client: TestClient) -> None:
+    conversation = new(client, title="Edit")
+    message = say(client, conversation, "Hello?", response_content="Hello.").json()
+    path = f"/messages/{message['id']}"
+    changed = client.put(path, json={"response_content": "Good day."})
+    assert changed.status_code == 202
+    assert changed.json()["response_content"] == "Good day."
+    assert changed.json()["prompt_content"] == "Hello?"
+    assert changed.json()["updated_at"] > message["updated_at"]
+    assert client.delete(path).status_code == 204
+    assert client.get(path).status_code == 404
+    assert client.get(path).json()["detail"] == "Message not found"
+
+
+def test_messages_go_with_their_conversation(client: TestClient) -> None:
+    conversation = new(client, title="Cascade")
+    message = say(client, conversation, "Hello?", response_content="Hello.").json()
+    client.delete(f"/conversations/{conversation['id']}")
+    assert client.get(f"/messages/{message['id']}").status_code == 404
+    assert client.get(f"/history/{message['id']}").status_code == 404
+
+
+def test_a_record_outside_conversations_is_no_message(client: TestClient) -> None:
+    record = client.post("/generate", json={"prompt": "Once"}).json()
+    assert client.get(f"/messages/{record['id']}").status_code == 404
+
+
+def test_replies_asked_for_at_once_come_one_after_the_other(client: TestClient) -> None:
+    conversation = new(client, title="Order")
+    threads = [
+        threading.Thread(target=say, args=(client, conversation, f"Number {n}")) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    messages = client.get(f"/conversations/{conversation['id']}/messages").json()
+    assert len(messages) == 4
+    for earlier, later in itertools.pairwise(messages):
+        assert earlier["updated_at"] <= later["created_at"]
+        assert later["prompt_tokens"] > earlier["prompt_tokens"]
+
+
+def test_a_reply_is_streamed(client: TestClient) -> None:
+    conversation = new(client, title="Stream")
+    path = f"/conversations/{conversation['id']}/messages/stream"
+    body = {"prompt_content": "Who lives in the wood?", "max_length": 40}
+    with client.stream("POST", path, json=body) as answer:
+        found = list(events(answer.iter_lines()))
+    assert [found[0].name, found[-1].name] == ["start", "done"]
+    message = client.get(f"/messages/{found[-1].data['id']}").json()
+    assert message["response_content"] == text_of(found)
+
+
+@pytest.mark.parametrize("in_conversation", [False, True])
+def test_a_browser_streams_with_a_get(client: TestClient, in_conversation: bool) -> None:
+    query = {"prompt": "Once upon a time"}
+    if in_conversation:
+        query["conversation_id"] = str(new(client, title="Get")["id"])
+    with client.stream("GET", "/text/generate/stream", params=query) as answer:
+        found = list(events(answer.iter_lines()))
+    assert found[-1].name == "done"
+    assert found[-1].data["prompt"] == "Once upon a time"
+
+
+def test_streaming_into_a_conversation_that_is_not_there_is_404(client: TestClient) -> None:
+    query = {"prompt": "Once", "conversation_id": "999999"}
+    assert client.get("/text/generate/stream", params=query).status_code == 404
+
+
+def title_after_a_while(client: TestClient, conversation_id: int, other_than: str) -> str:
+    deadline = time.monotonic() + 20
+    title = other_than
+    while title == other_than and time.monotonic() < deadline:
+        time.sleep(0.1)
+        title = str(client.get(f"/conversations/{conversation_id}").json()["title"])
+    return title
+
+
+def test_the_model_suggests_a_title_from_the_initial_prompt(client: TestClient) -> None:
+    prompt = "Tell me the story of the fisherman, his wife, and the fish that granted every wish"
+    conversation = new(client, initial_prompt=prompt)
+    assert prompt.startswith(conversation["title"])
+    title = title_after_a_while(client, conversation["id"], conversation["title"])
+    assert title
+    assert title != conversation["title"]
+
+
+def test_a_title_set_by_hand_stays(client: TestClient) -> None:
+    conversation = new(client, initial_prompt="Tell me a story")
+    client.put(f"/conversations/{conversation['id']}", json={"title": "Mine"})
+    later = new(client, initial_prompt="Tell me another one, of a king who had three daughters")
+    title_after_a_while(client, later["id"], later["title"])
+    assert client.get(f"/conversations/{conversation['id']}").json()["title"] == "Mine"
