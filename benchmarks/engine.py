@@ -34,7 +34,7 @@ TOKENIZER = Path(__file__).parents[1] / "weights" / "tiny-gpt2"
 PROMPT = "Once upon a time there was a king who had three daughters"
 THREADS_OF_THE_GUIDE = 4
 REQUESTS_OF_THE_GUIDE = 8
-SECONDS_A_LINE = 4.0
+SECONDS_A_LINE = 2.0
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Steps:
 def run_engine(engine: Engine, clients: int, new: int) -> EngineLine:
     prompt = engine.loaded.encode(PROMPT)
 
-    def round_of(seed: int) -> None:
+    def round_of(clients: int, seed: int) -> None:
         params = (SamplingParams(new, seed=seed + i) for i in range(clients))
         generations = [engine.admit(prompt, p) for p in params]
         for generation in generations:
@@ -113,12 +113,12 @@ def run_engine(engine: Engine, clients: int, new: int) -> EngineLine:
 
     began: dict[int, float] = {}
     kept: list[Any] = []  # ids are only unique while their objects live
-    round_of(0)
+    round_of(min(clients, engine.scheduler.max_running), 0)
     steps = Steps()
     end = engine.subscribe(steps)
     rounds, start = 0, time.perf_counter()
-    while rounds < 2 or time.perf_counter() - start < SECONDS_A_LINE / 2:
-        round_of(1000 * rounds)
+    while rounds < 1 or time.perf_counter() - start < SECONDS_A_LINE:
+        round_of(clients, 1000 * (1 + rounds))
         rounds += 1
     seconds = time.perf_counter() - start
     end()
@@ -173,7 +173,7 @@ def run_generate(loaded: LoadedModel, clients: int, new: int) -> float:
 
     batch(2)
     rounds, start = 0, time.perf_counter()
-    while rounds < 1 or time.perf_counter() - start < SECONDS_A_LINE / 2:
+    while rounds < 1 or time.perf_counter() - start < SECONDS_A_LINE:
         batch(new)
         rounds += 1
     return rounds * clients * new / (time.perf_counter() - start)
