@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
 from engine.kv_cache import Arena, KVCache, Shape
-from engine.linear import Linear, RowCounts, agreeing_counts, candidate_counts
+from engine.linear import Linear, RowCounts, agreeing_counts, cancelling, candidate_counts
 from engine.scheduler import Chunk, Plan
 from engine.sequence import Sequence
 
@@ -119,11 +119,8 @@ class GPT2Runner:
     def _agreeing(self, layers: list[Linear], most: int) -> list[int]:
         counts = candidate_counts(most)
         for layer in layers:
-            generator = torch.Generator().manual_seed(0)
-            sample = torch.randn(counts[-1], layer.in_features, generator=generator)
-            sample = sample.to(self.device, self.dtype)
-            agreeing = agreeing_counts(layer, sample, candidate_counts(most))
-            counts = [count for count in counts if count in agreeing]
+            twin, sample = cancelling(layer, counts[-1])
+            counts = agreeing_counts(twin, sample, counts)
             if not counts or counts[-1] < most:
                 return []
         return counts

@@ -79,10 +79,10 @@ def in_order(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def kth_values(values: Tensor, sequences: Rows[Sequence]) -> list[float]:
     """The smallest logit that top-k keeps, of each row; -inf where that is not among these."""
     last = values.shape[1]
-    return [
-        float(row[k - 1]) if 0 < (k := s.params.top_k) <= last else -float("inf")
-        for row, s in zip(values.tolist(), sequences, strict=True)
-    ]
+    ks = [s.params.top_k for s in sequences]
+    places = torch.tensor([min(max(k, 1), last) - 1 for k in ks], device=values.device)
+    kth: list[float] = values.gather(1, places[:, None])[:, 0].tolist()
+    return [v if 0 < k <= last else -float("inf") for v, k in zip(kth, ks, strict=True)]
 
 
 def enough(params: SamplingParams, kth: float, top: float, least: float) -> bool:

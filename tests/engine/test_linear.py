@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.linear import Linear, RowCounts, agreeing_counts, candidate_counts
+from engine.linear import Linear, RowCounts, agreeing_counts, cancelling, candidate_counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,3 +55,15 @@ def test_products_that_depend_on_a_rows_place_are_not_used() -> None:
         return x + 1e-6 * torch.arange(len(x))[:, None]
 
     assert agreeing_counts(product, torch.zeros(8, 4), [2, 4]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cancelling_product_shows_in_which_order_it_was_summed(dtype: torch.dtype) -> None:
+    layer = Linear(torch.zeros(50, 301, dtype=dtype), None)
+    twin, sample = cancelling(layer, 3)
+    assert (twin.in_features, twin.out_features) == (301, 50)
+    whole = twin(sample)
+    assert whole.abs().max() < 1e-3
+    assert (whole != 0).any()
+    turned = Linear(twin.weight.to_dense().flip(1), None)(sample.flip(1))
+    assert not torch.equal(whole, turned)

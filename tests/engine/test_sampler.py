@@ -150,6 +150,12 @@ def test_one_nan_among_numbers_is_enough() -> None:
     assert sample(logits, [Sequence((1,), SamplingParams(9, seed=0))]) == [None]
 
 
+def test_each_token_of_a_request_has_its_own_number() -> None:
+    params = SamplingParams(99, seed=1, top_k=0)
+    rows = [Sequence((1,), params, output_ids=[2] * place) for place in range(50)]
+    assert len(set(sample(torch.zeros(50, 4000), rows))) > 40
+
+
 def test_uniform_numbers_are_uniform_and_independent_of_their_neighbours() -> None:
     numbers = torch.tensor([[uniform(seed, place) for place in range(50)] for seed in range(200)])
     assert 0.0 <= numbers.min() <= numbers.max() < 1.0
