@@ -169,13 +169,10 @@ class GPT2Runner:
     def _decode(self, group: DecodeGroup, layer: int, qkv: Tensor) -> Tensor:
         """``qkv`` is [3, count, heads, width]; out comes [count * heads, 1, width]."""
         length, size = group.arena.length, group.count * self.heads
-        both = group.arena.both
+        both = group.arena.both[layer]
+        both.view(-1, self.width).index_copy_(0, group.slots, qkv[1:].reshape(2 * size, self.width))
         rows = slice(group.first, group.first + group.count)
-        for which in (0, 1):
-            flat = both[which, layer].view(-1, self.width)
-            flat.index_copy_(0, group.slots, qkv[1 + which].reshape(size, self.width))
-        keys = both[0, layer, rows].view(size, length, self.width)
-        values = both[1, layer, rows].view(size, length, self.width)
+        keys, values = both[:, rows].view(2, size, length, self.width)
         queries = qkv[0].reshape(size, 1, self.width)
         return self._weigh(queries, keys, values, group.mask)
 
@@ -250,10 +247,9 @@ class GPT2Runner:
         mask = torch.zeros(count, length, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill_(~seen, -math.inf)[:, None].expand(count, heads, length)
         rows = torch.arange(first, first + count, device=self.device)[:, None] * heads
-        slots = (rows + torch.arange(heads, device=self.device)) * length + last[:, None]
-        return DecodeGroup(
-            arena, first, count, at, mask.reshape(count * heads, 1, length), slots.view(-1)
-        )
+        keys = ((rows + torch.arange(heads, device=self.device)) * length + last[:, None]).view(-1)
+        slots = torch.cat([keys, keys + arena.both[0, 0].numel() // self.width])
+        return DecodeGroup(arena, first, count, at, mask.reshape(count * heads, 1, length), slots)
 
     def _lay_out_chunk(self, chunk: Chunk, at: int) -> PrefillPiece:
         prompt = len(chunk.sequence.prompt_ids)

@@ -44,10 +44,10 @@ class Arena:
         self._allocate(0)
 
     def _allocate(self, rows: int) -> None:
-        size = (2, self.shape.layers, rows, self.shape.heads, self.length, self.shape.width)
+        size = (self.shape.layers, 2, rows, self.shape.heads, self.length, self.shape.width)
         # Zeros: attention multiplies what lies behind a sequence by 0, and 0 x NaN is NaN.
         self.both = torch.zeros(size, dtype=self.shape.dtype, device=self.shape.device)
-        self.keys, self.values = self.both[0], self.both[1]
+        self.keys, self.values = self.both[:, 0], self.both[:, 1]
 
     def add(self, sequence: Sequence) -> int:
         """A row for it, with whatever an earlier sequence left there."""
