@@ -19,6 +19,9 @@ def report(lease: LeaseKeeper, models: ModelHost) -> dict[str, Any]:
         answer["model_name"] = models.model.name
         answer["dtype"] = models.model.dtype
         answer["device"] = models.model.device
+        if models.engine is not None:
+            answer["running"] = models.engine.running
+            answer["waiting"] = models.engine.waiting
         if models.model.substitute:
             answer["warning"] = (
                 "gpt2 could not be had: this is the small bundled model. Set MODEL to choose one."

@@ -13,15 +13,24 @@ class Event:
     id: str
 
 
+def event_of(fields: dict[str, str], line: str) -> Event | None:
+    """Take a line into ``fields``; the event, and ``fields`` empty again, when it was the last."""
+    if line:
+        name, _, value = line.partition(":")
+        fields[name] = value.removeprefix(" ")
+        return None
+    if "event" not in fields:
+        return None
+    event = Event(fields["event"], json.loads(fields["data"]), fields["id"])
+    fields.clear()
+    return event
+
+
 def events(lines: Iterable[str]) -> Iterator[Event]:
     fields: dict[str, str] = {}
     for line in lines:
-        if line:
-            name, _, value = line.partition(":")
-            fields[name] = value.removeprefix(" ")
-        elif "event" in fields:
-            yield Event(fields["event"], json.loads(fields["data"]), fields["id"])
-            fields = {}
+        if (event := event_of(fields, line)) is not None:
+            yield event
 
 
 def text_of(found: Iterable[Event]) -> str:

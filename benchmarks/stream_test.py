@@ -1,0 +1,220 @@
+"""Torture for streams: kill the process, hang up, open hundreds; count what promises were broken.
+
+    python -m benchmarks.stream_test --kills 200      kill -9 under 16 streaming clients
+    python -m benchmarks.stream_test --hangups 100    clients that leave at random moments
+    python -m benchmarks.stream_test --streams 200    that many at once, and is it alive meanwhile
+
+Every count that is not 0 is a broken promise, and the exit status says so. The server is started
+here, on the bundled model and a database of its own; nothing else is touched.
+"""
+
+import argparse
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.service import Server
+from tests.sse import event_of
+
+CLIENTS = 16
+PROMPT = "Once upon a time there was"
+TERMINAL = {"completed", "incomplete", "failed", "cancelled"}
+
+
+@dataclass
+class Seen:
+    """What a client saw of one stream: when it had how much of the text, and how it ended."""
+
+    record_id: int | None = None
+    text: str = ""
+    history: list[tuple[float, int]] = field(default_factory=list)
+    end: str | None = None
+    done: dict[str, Any] | None = None
+
+    def length_at(self, moment: float) -> int:
+        return max((length for when, length in self.history if when <= moment), default=0)
+
+
+async def follow(
+    client: httpx.AsyncClient, rng: random.Random, leave_after: int | None = None
+) -> Seen:
+    """Read one stream, to its end or for so many events."""
+    seen = Seen()
+    body = {"prompt": PROMPT, "max_length": rng.choice([60, 120, 200]), "seed": rng.getrandbits(40)}
+    fields: dict[str, str] = {}
+    count = 0
+    try:
+        async with client.stream("POST", "/generate/stream", json=body) as answer:
+            if answer.status_code != 200:
+                seen.end = str(answer.status_code)
+            async for line in answer.aiter_lines():
+                event = event_of(fields, line)
+                if event is None:
+                    continue
+                count += 1
+                if event.name == "start":
+                    seen.record_id = event.data["id"]
+                elif event.name == "token":
+                    seen.text += event.data["text"]
+                    seen.history.append((time.monotonic(), len(seen.text)))
+                else:
+                    seen.end = str(event.data.get("code", event.name))
+                    seen.done = event.data if event.name == "done" else None
+                if leave_after is not None and count > leave_after:
+                    break
+    except httpx.HTTPError as error:
+        seen.end = type(error).__name__
+    return seen
+
+
+async def stream_until_killed(server: Server, rng: random.Random) -> tuple[list[Seen], float]:
+    found: list[Seen] = []
+    limits = httpx.Limits(max_connections=CLIENTS)
+    async with httpx.AsyncClient(base_url=server.url, timeout=30, limits=limits) as client:
+
+        async def one_after_the_other() -> None:
+            while server.process.poll() is None:
+                found.append(await follow(client, rng))
+
+        tasks = [asyncio.create_task(one_after_the_other()) for _ in range(CLIENTS)]
+        await asyncio.sleep(rng.uniform(0.3, 3.0))
+        killed = time.monotonic()
+        server.process.kill()
+        await asyncio.gather(*tasks)
+    server.process.wait()
+    return found, killed
+
+
+def judge_kill(server: Server, found: list[Seen], killed: float) -> Counter[str]:
+    """Compare what clients saw with what the restarted service has."""
+    broken: Counter[str] = Counter()
+    time.sleep(1.0)
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        for seen in found:
+            if seen.record_id is None:
+                continue
+            broken["streams"] += 1
+            answer = client.get(f"/history/{seen.record_id}")
+            row = answer.json()
+            if answer.status_code != 200:
+                broken["P2 accepted, no row"] += 1
+                continue
+            if row["status"] not in TERMINAL:
+                broken["P2 not terminal"] += 1
+            if seen.done is not None:
+                broken["completed"] += 1
+                if row != seen.done:
+                    broken["P1 answered, not stored so"] += 1
+                continue
+            broken["cut"] += 1
+            stored = row["generated_text"].removeprefix(PROMPT)
+            if not stored.startswith(seen.text[: seen.length_at(killed - 1.0)]):
+                broken["P4 seen a second before, not stored"] += 1
+    return broken
+
+
+def kills(folder: Path, count: int, rng: random.Random) -> Counter[str]:
+    total: Counter[str] = Counter()
+    environment = {"DATABASE_URL": f"sqlite:///{folder / 'records.db'}", "LOG_LEVEL": "WARNING"}
+    server = Server(environment, folder / "log").wait_until_ready()
+    try:
+        for number in range(count):
+            found, killed = asyncio.run(stream_until_killed(server, rng))
+            server = Server(environment, folder / "log").wait_until_ready()
+            total += judge_kill(server, found, killed)
+            print(f"kill {number + 1}: {dict(total)}", flush=True)
+    finally:
+        server.kill()
+    return total
+
+
+async def hang_up(server: Server, count: int, rng: random.Random) -> list[Seen]:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        streams = [follow(client, rng, leave_after=rng.randrange(60)) for _ in range(count)]
+        return list(await asyncio.gather(*streams))
+
+
+def hangups(folder: Path, count: int, rng: random.Random) -> Counter[str]:
+    total: Counter[str] = Counter()
+    environment = {"DATABASE_URL": f"sqlite:///{folder / 'records.db'}", "LOG_LEVEL": "WARNING"}
+    server = Server(environment, folder / "log").wait_until_ready()
+    try:
+        found = asyncio.run(hang_up(server, count, rng))
+        time.sleep(2.0)
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            for seen in found:
+                row = client.get(f"/history/{seen.record_id}").json()
+                total[f"{row['status']}/{row['finish_reason']}"] += 1
+                if row["status"] not in TERMINAL:
+                    total["P2 not terminal"] += 1
+                if not row["generated_text"].startswith(PROMPT + seen.text):
+                    total["P4 seen, not stored"] += 1
+            ready = client.get("/health/ready").json()
+        total["P2 still in the engine"] += ready["running"] + ready["waiting"]
+    finally:
+        server.kill()
+    return total
+
+
+async def open_many(server: Server, count: int, rng: random.Random) -> tuple[list[Seen], float]:
+    slowest = 0.0
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client,
+        httpx.AsyncClient(base_url=server.url, timeout=30) as prober,
+    ):
+        streams = [asyncio.create_task(follow(client, rng)) for _ in range(count)]
+        while not all(stream.done() for stream in streams):
+            began = time.perf_counter()
+            (await prober.get("/health/live")).raise_for_status()
+            slowest = max(slowest, time.perf_counter() - began)
+            await asyncio.sleep(0.2)
+        return [stream.result() for stream in streams], slowest
+
+
+def many(folder: Path, count: int, rng: random.Random) -> Counter[str]:
+    total: Counter[str] = Counter()
+    environment = {"DATABASE_URL": f"sqlite:///{folder / 'records.db'}", "LOG_LEVEL": "WARNING"}
+    server = Server(environment, folder / "log").wait_until_ready()
+    try:
+        found, slowest = asyncio.run(open_many(server, count, rng))
+        print(f"slowest answer of /health/live meanwhile: {slowest * 1000:.0f} ms")
+        for seen in found:
+            total["done" if seen.done is not None else f"P6 not completed: {seen.end}"] += 1
+            if seen.done is not None and seen.done["generated_text"] != PROMPT + seen.text:
+                total["P1 answered, not stored so"] += 1
+    finally:
+        server.kill()
+    return total
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--hangups", type=int, default=0)
+    parser.add_argument("--streams", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    broken = 0
+    for run, count in ((kills, args.kills), (hangups, args.hangups), (many, args.streams)):
+        if not count:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            total = run(Path(folder), count, rng)
+        print(f"{run.__name__}: {dict(total)}")
+        broken += sum(number for name, number in total.items() if name.startswith("P"))
+    print(f"broken promises: {broken}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
