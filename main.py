@@ -21,7 +21,7 @@ from api import history as history_routes
 from api.dependencies import DbSession, Generation, Owner
 from api.errors import add_handlers, responses
 from api.history import RecordId
-from api.middleware import BodyLimit, OneLineStartError, RequestContext
+from api.middleware import BodyLimit, OneLineStartError, RequestContext, SlowReaderLimit
 from database import Database
 from errors import StartError
 from models import GenerateRequest, GenerationRecord, Record
@@ -33,7 +33,7 @@ from services.drain import Drain
 from services.generation import GenerationService
 from services.leases import LeaseKeeper
 from services.live import LiveGenerations
-from services.model_host import ModelHost
+from services.model_host import WATCH_SECONDS, ModelHost
 from services.streams import Streams
 from services.ticker import Ticker
 from services.titles import TITLE_SECONDS, Titler
@@ -61,7 +61,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     models.start()
     app.state.database, app.state.lease, app.state.models = database, lease, models
-    app.state.max_body_bytes = settings.max_body_bytes
+    app.state.settings = settings
     app.state.generation = generation = GenerationService(
         database,
         models,
@@ -70,17 +70,20 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         live,
         settings.request_timeout_seconds,
     )
-    checkpointer = Checkpointer(database, lease, live, generation)
-    checkpoints = Ticker("checkpoints", CHECKPOINT_SECONDS, checkpointer.tick)
-    checkpoints.start()
     app.state.replies = Replies(generation)
-    titles = Ticker("titles", TITLE_SECONDS, Titler(database, models).tick)
-    titles.start()
     app.state.streams = Streams(database, live)
+    checkpointer = Checkpointer(database, lease, live, generation)
+    tickers = [
+        Ticker("checkpoints", CHECKPOINT_SECONDS, checkpointer.tick),
+        Ticker("titles", TITLE_SECONDS, Titler(database, models).tick),
+        Ticker("watchdog", WATCH_SECONDS, models.check),
+    ]
+    for ticker in tickers:
+        ticker.start()
 
     def close() -> None:
-        titles.stop()
-        checkpoints.stop()
+        for ticker in tickers:
+            ticker.stop()
         lease.stop()
         database.close()
 
@@ -114,6 +117,7 @@ app = FastAPI(
 )
 add_handlers(app)
 app.add_middleware(BodyLimit)
+app.add_middleware(SlowReaderLimit)
 app.add_middleware(RequestContext)
 app.add_middleware(OneLineStartError)
 

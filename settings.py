@@ -43,6 +43,12 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         30.0, ge=0, le=86_400, description="seconds: how long running work may take when stopping"
     )
+    watchdog_seconds: float = Field(
+        60.0, gt=0, le=86_400, description="seconds: a step of the model that takes longer hangs"
+    )
+    slow_reader_seconds: float = Field(
+        30.0, gt=0, le=86_400, description="seconds: a stream's reader that takes longer is dropped"
+    )
     request_threads: int = Field(
         400,
         ge=8,

@@ -1,5 +1,6 @@
 """What surrounds every request: its id, its log line, a bound on its body, and a last resort."""
 
+import asyncio
 import logging
 import re
 import time
@@ -70,7 +71,7 @@ def report(scope: Scope, status: int, seconds: float) -> None:
 
 
 class BodyLimit:
-    """Answer 413 for a body over ``app.state.max_body_bytes``, read to its end but not kept."""
+    """Answer 413 for a body over MAX_BODY_BYTES, read to its end but not kept."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -79,7 +80,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = scope["app"].state.max_body_bytes
+        limit = scope["app"].state.settings.max_body_bytes
         received = 0
 
         async def bounded() -> Message:
@@ -95,6 +96,28 @@ class BodyLimit:
             raise HTTPException(413, f"The body is larger than {limit} bytes.")
 
         await self.app(scope, bounded, send)
+
+
+class SlowReaderLimit:
+    """Drop whoever does not take an answer: a send that does not get through in time ends it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = scope["app"].state.settings.slow_reader_seconds
+
+        async def in_time(message: Message) -> None:
+            async with asyncio.timeout(limit):
+                await send(message)
+
+        try:
+            await self.app(scope, receive, in_time)
+        except TimeoutError:
+            logs.event(log, logging.WARNING, "slow reader dropped")
 
 
 class OneLineStartError:

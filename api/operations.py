@@ -10,9 +10,13 @@ from services import readiness
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health/live")
-async def live() -> dict[str, str]:
+@router.get("/health/live", responses={503: {"description": "The model hangs"}})
+async def live(request: Request, response: Response) -> dict[str, str]:
     """The process answers. On the event loop: it needs no free thread."""
+    state = request.app.state
+    if state.models.hangs(state.settings.watchdog_seconds):
+        response.status_code = 503
+        return {"status": "the model hangs"}
     return {"status": "alive"}
 
 

@@ -20,12 +20,14 @@ if TYPE_CHECKING:  # importing torch takes seconds; the loading thread does it
 
 log = logging.getLogger(__name__)
 
+WATCH_SECONDS = 1.0
+
 
 class ModelHost:
     """Loads one model and runs it.
 
-    ``on_failure`` is called when a model that somebody named did not load, ``on_step`` once a step
-    with what it gave all running generations.
+    ``on_failure`` is called when a model that somebody named did not load, or when the engine died;
+    ``on_step`` once a step with what it gave all running generations.
     """
 
     def __init__(
@@ -112,6 +114,20 @@ class ModelHost:
     def refuse(self, reason: str) -> None:
         """Take no more work; what runs goes on."""
         self.refusal = reason
+
+    def check(self) -> None:
+        """End the process when its engine has died: nobody waits for it, and a new one may live."""
+        engine = self.engine
+        if engine is None or engine.healthy or self.refusal is not None or self.closed:
+            return
+        self.refuse("it stopped after an error")
+        event(log, logging.ERROR, "the engine died", reason=engine.failure)
+        self.on_failure()
+
+    def hangs(self, limit: float) -> bool:
+        """Whether the step that runs now has been running for more than ``limit`` seconds."""
+        seconds = self.engine.step_seconds if self.engine is not None else None
+        return seconds is not None and seconds > limit
 
     def close(self) -> None:
         """Interrupt what runs."""
