@@ -232,14 +232,16 @@ class Lease(Base):
     __table_args__ = (TABLE_OPTIONS,)
 
 
-def refuse_nul(text: str) -> str:
+def refuse_unstorable(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("nul_character", "Text must not contain NUL characters")
+    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell them, UTF-8 cannot
+        raise PydanticCustomError("lone_surrogate", "Text must not contain half a character")
     return text
 
 
 # The plain pattern-free schema: that NUL is refused is said in words, not as a regular expression.
-CleanText = Annotated[str, AfterValidator(refuse_nul)]
+CleanText = Annotated[str, AfterValidator(refuse_unstorable)]
 UserId = Annotated[CleanText, Field(min_length=1, max_length=200)]
 
 
