@@ -35,7 +35,7 @@ class Settings(BaseSettings):
         256,
         ge=1,
         le=100_000,
-        description="1 to 100000: generations that may wait or run before 503",
+        description="1 to 100000: generations that may wait, beside those that run",
     )
     request_timeout_seconds: float = Field(
         120.0, gt=0, le=86_400, description="seconds, up to 86400: longest a generation may take"

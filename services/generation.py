@@ -94,7 +94,7 @@ class GenerationService:
         self.timeout = timeout
         self.unstored: deque[tuple[GenerationRecord, dict[str, Any]]] = deque()
         # A producer waits most of its life, and admission bounds how many there are.
-        self.producers = ThreadPoolExecutor(models.max_waiting, thread_name_prefix="producer")
+        self.producers = ThreadPoolExecutor(models.capacity, thread_name_prefix="producer")
 
     def generate(
         self, session: Session, owner_id: str, request: GenerateRequest

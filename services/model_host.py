@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # importing torch takes seconds; the loading thread does it
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0
+MAX_RUNNING = 64  # sequences that share a step
 
 
 class ModelHost:
@@ -51,6 +52,11 @@ class ModelHost:
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self.load, name="load-model", daemon=True)
 
+    @property
+    def capacity(self) -> int:
+        """The most generations that can be waiting or running."""
+        return self.max_waiting + MAX_RUNNING
+
     def start(self) -> None:
         self.thread.start()
 
@@ -71,7 +77,7 @@ class ModelHost:
         with self.lock:
             if self.closed:
                 return
-            engine = Engine(model, max_waiting=self.max_waiting)
+            engine = Engine(model, max_waiting=self.max_waiting, max_running=MAX_RUNNING)
             engine.subscribe(self.on_step)
             self.model, self.engine = model, engine
         event(
