@@ -238,8 +238,15 @@ def refuse_nul(text: str) -> str:
     return text
 
 
+def refuse_surrogates(text: str) -> str:
+    """JSON's escapes can spell half a character, which no database and no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PydanticCustomError("lone_surrogate", "Text must be valid Unicode")
+    return text
+
+
 # The plain pattern-free schema: that NUL is refused is said in words, not as a regular expression.
-CleanText = Annotated[str, AfterValidator(refuse_nul)]
+CleanText = Annotated[str, AfterValidator(refuse_nul), AfterValidator(refuse_surrogates)]
 UserId = Annotated[CleanText, Field(min_length=1, max_length=200)]
 
 
