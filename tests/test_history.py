@@ -35,6 +35,7 @@ def insert(session: Session, owner: str = OWNER, **given: Any) -> int:
         "prompt_tokens": 1,
         "completion_tokens": 3,
         "created_at": NOON,
+        "updated_at": NOON,
         "lease_id": None,
     }
     status = given.pop("status", Status.COMPLETED)
