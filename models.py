@@ -101,9 +101,9 @@ Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTE
 TABLE_OPTIONS = {
     "sqlite_autoincrement": True,
     "mysql_charset": "utf8mb4",
-    "mysql_collate": "utf8mb4_bin",
+    "mysql_collate": "utf8mb4_0900_bin",
     "mariadb_charset": "utf8mb4",
-    "mariadb_collate": "utf8mb4_bin",
+    "mariadb_collate": "utf8mb4_nopad_bin",
 }
 
 

@@ -10,7 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
+import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy.orm import Session, sessionmaker
+from starlette.datastructures import State
+
+from database import Database
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "weights" / "tiny-gpt2")
@@ -23,6 +28,29 @@ def ready(client: TestClient) -> TestClient:
         assert time.monotonic() < deadline, client.get("/health/ready").text
         time.sleep(0.05)
     return client
+
+
+@contextlib.contextmanager
+def in_process(**environment: str) -> Iterator[TestClient]:
+    """A service of a test's own in this process; the shared one is as before afterwards."""
+    from main import app
+
+    before = app.state
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ({"MODEL": TINY} | environment).items():
+            patch.setenv(name, value)
+        app.state = State()
+        try:
+            with TestClient(app) as client:
+                yield client
+        finally:
+            app.state = before
+
+
+def sessions_of(client: TestClient) -> sessionmaker[Session]:
+    """The sessions of the service that a client talks to."""
+    database: Database = client.app.state.database  # type: ignore[attr-defined]
+    return database.sessions
 
 
 def free_port() -> int:

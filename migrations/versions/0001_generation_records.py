@@ -15,23 +15,29 @@ depends_on = None
 ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 LONG_TEXT = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 MOMENT = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
-OPTIONS = {
-    "sqlite_autoincrement": True,
-    "mysql_charset": "utf8mb4",
-    "mysql_collate": "utf8mb4_bin",
-    "mariadb_charset": "utf8mb4",
-    "mariadb_collate": "utf8mb4_bin",
-}
+
+
+def table_options() -> dict[str, object]:
+    """On MySQL, texts compare byte by byte; plain utf8mb4_bin would ignore spaces at the end."""
+    dialect = op.get_bind().dialect
+    mariadb = getattr(dialect, "is_mariadb", False)
+    if dialect.name not in ("mysql", "mariadb"):
+        return {"sqlite_autoincrement": True}
+    return {
+        f"{dialect.name}_charset": "utf8mb4",
+        f"{dialect.name}_collate": "utf8mb4_nopad_bin" if mariadb else "utf8mb4_0900_bin",
+    }
 
 
 def upgrade() -> None:
+    options = table_options()
     op.create_table(
         "leases",
         sa.Column("id", ID, primary_key=True),
         sa.Column("beat", sa.BigInteger, nullable=False),
         sa.Column("machine", sa.String(100), nullable=False),
         sa.Column("process", sa.String(100), nullable=False),
-        **OPTIONS,
+        **options,
     )
     op.create_table(
         "conversations",
@@ -43,7 +49,7 @@ def upgrade() -> None:
         sa.Column("model_type", sa.String(200), nullable=False),
         sa.Column("created_at", MOMENT, nullable=False),
         sa.Column("updated_at", MOMENT, nullable=False),
-        **OPTIONS,
+        **options,
     )
     op.create_index("ix_conversations_owner", "conversations", ["owner_id", "id"])
     partial_index("ix_conversations_untitled", "conversations", ["title_pending"])
@@ -69,7 +75,7 @@ def upgrade() -> None:
         sa.Column("updated_at", MOMENT, nullable=False),
         sa.Column("cancel_requested", sa.Boolean),
         sa.Column("lease_id", sa.BigInteger),
-        **OPTIONS,
+        **options,
     )
     for name, column in (
         ("ix_records_user", "user_id"),

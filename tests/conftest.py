@@ -1,0 +1,39 @@
+"""Databases for store tests: fresh and migrated for each test, on every kind that is at hand."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy.orm import Session
+
+from database import Database
+from tests.databases import KINDS, fresh_database
+from tests.service import Server, serving
+
+
+@pytest.fixture(params=KINDS)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with fresh_database(request.param, tmp_path) as url:
+        yield url
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    opened = Database(database_url)
+    opened.migrate()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def session(database: Database) -> Iterator[Session]:
+    with database.sessions() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real server, for what only the network shows."""
+    folder = tmp_path_factory.mktemp("server")
+    with serving(folder / "log", DATABASE_URL=f"sqlite:///{folder / 'records.db'}") as server:
+        yield server

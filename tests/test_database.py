@@ -1,0 +1,245 @@
+"""The database: durable settings, honest refusals, migrations in every direction."""
+
+import contextlib
+import os
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from sqlalchemy import inspect, text
+
+from database import Database, normalise_url, transaction
+from errors import StartError, StorageUnavailableError
+from models import Base
+from repositories import leases
+from tests.service import ROOT, in_process, ready
+from tests.test_history import insert
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "records.db"
+
+
+def on_file(file: Path, timeout: float = 5.0) -> Database:
+    database = Database(f"sqlite:///{file}", timeout)
+    database.migrate()
+    return database
+
+
+@pytest.mark.parametrize(
+    ("given", "driver"),
+    [
+        ("postgres://u:p@h/d", "postgresql+psycopg"),
+        ("postgresql://u:p@h/d", "postgresql+psycopg"),
+        ("mysql://u:p@h/d", "mysql+pymysql"),
+        ("mariadb://u:p@h/d", "mariadb+pymysql"),
+        ("sqlite:///x.db", "sqlite"),
+        ("postgresql+psycopg://u:p@h/d?sslmode=require", "postgresql+psycopg"),
+    ],
+)
+def test_urls_of_hosting_platforms_get_the_shipped_driver(given: str, driver: str) -> None:
+    assert normalise_url(given).drivername == driver
+
+
+def test_parts_of_a_url_are_kept() -> None:
+    url = normalise_url("postgres://user:p%40ss@host:5433/name?sslmode=require")
+    assert (url.username, url.password, url.host, url.port, url.database) == (
+        "user",
+        "p@ss",
+        "host",
+        5433,
+        "name",
+    )
+    assert url.query == {"sslmode": "require"}
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///:memory:", "postgresql+nodriver://h/d", "sqlite:///file:x?a=b"]
+)
+def test_a_url_that_keeps_nothing_is_one_clear_line(url: str) -> None:
+    with pytest.raises(StartError, match=r"^DATABASE_URL is not usable[^\n]*$"):
+        Database(url)
+
+
+def test_every_sqlite_connection_is_durable(file: Path) -> None:
+    database = on_file(file)
+    connections = [database.engine.connect() for _ in range(3)]
+    for connection in connections:
+        found = [
+            connection.execute(text(f"PRAGMA {name}")).scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys")
+        ]
+        assert found == ["wal", 2, 1]
+        connection.close()
+    database.close()
+
+
+def test_a_locked_database_is_503_and_then_works_again(file: Path) -> None:
+    with in_process(
+        DATABASE_URL=f"sqlite:///{file}", DATABASE_TIMEOUT_SECONDS="0.2", MAX_WAITING="2"
+    ) as client:
+        ready(client)
+        with closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for _ in range(4):  # more than there are places in the queue
+                answer = client.post("/generate", json={"prompt": "Once"})
+                assert answer.status_code == 503
+                assert answer.json()["code"] == "storage_unavailable"
+                assert int(answer.headers["Retry-After"]) > 0
+            assert client.get("/history").json() == []
+            unready = client.get("/health/ready")
+            assert unready.status_code == 503
+            assert unready.json()["database"] == "it does not accept writes"
+            other.execute("ROLLBACK")
+        assert client.get("/history").json() == []
+        assert client.post("/generate", json={"prompt": "Once"}).status_code == 200
+        assert len(client.get("/history").json()) == 1
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_taken_away_is_503_and_not_made_anew(file: Path, replaced: bool) -> None:
+    with in_process(DATABASE_URL=f"sqlite:///{file}") as client:
+        ready(client)
+        assert client.post("/generate", json={"prompt": "Once"}).status_code == 200
+        away = file.rename(file.with_name("away.db"))
+        if replaced:
+            on_file(file).close()
+        answer = client.post("/generate", json={"prompt": "Once"})
+        assert answer.status_code == 503
+        assert client.delete("/history/1").status_code == 503
+        assert client.get("/health/ready").status_code == 503
+        assert file.exists() is replaced
+        if not replaced:
+            away.rename(file)
+            assert client.post("/generate", json={"prompt": "Once"}).status_code == 200
+
+
+def test_a_transaction_is_all_or_nothing(database: Database) -> None:
+    with database.sessions() as session:
+        with contextlib.suppress(ZeroDivisionError), transaction(session):
+            leases.add(session, "machine", "process")
+            _ = 1 / 0
+        assert leases.others(session, 0) == []
+
+
+def test_the_write_lock_is_given_back_after_a_refusal(file: Path) -> None:
+    database = on_file(file, timeout=0.1)
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(3):
+            with (
+                database.sessions() as session,
+                pytest.raises(StorageUnavailableError),
+                transaction(session),
+            ):
+                pass
+    with database.sessions() as session:
+        assert insert(session) == 1
+    database.close()
+
+
+def test_models_and_migrations_agree(database: Database) -> None:
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_migrations_go_down_and_up_again(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with database.sessions() as session:
+        insert(session)
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    config = Config(ROOT / "alembic.ini")
+    command.downgrade(config, "base")
+    assert set(inspect(database.engine).get_table_names()) == {"alembic_version"}
+    command.upgrade(config, "head")
+    command.upgrade(config, "head")
+    with database.sessions() as session:
+        assert insert(session) == 1
+
+
+def test_migrating_again_keeps_the_data(database: Database) -> None:
+    with database.sessions() as session:
+        record = insert(session, prompt="kept")
+    database.migrate()
+    with database.sessions() as session:
+        assert (
+            session.execute(
+                text("SELECT prompt FROM generation_records WHERE id = :id"), {"id": record}
+            ).scalar()
+            == "kept"
+        )
+
+
+MIGRATE = """
+import os
+from database import Database
+database = Database(os.environ["DATABASE_URL"])
+database.migrate()
+database.close()
+"""
+
+
+def test_processes_that_migrate_at_once_all_succeed(database_url: str) -> None:
+    environment = os.environ | {"DATABASE_URL": database_url}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MIGRATE], cwd=ROOT, env=environment, stderr=subprocess.PIPE
+        )
+        for _ in range(4)
+    ]
+    errors = [process.communicate(timeout=60)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, errors
+    database = Database(database_url)
+    with database.sessions() as session:
+        assert insert(session) == 1
+    database.close()
+
+
+def test_a_newer_database_is_one_clear_line(database: Database) -> None:
+    with database.engine.begin() as connection:
+        write = connection.execution_options(write=True)
+        write.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StartError, match=r"^DATABASE_URL[^\n]*newer version[^\n]*$"):
+        database.migrate()
+
+
+@pytest.mark.parametrize("content", [b"not a database at all " * 100, None])
+def test_what_is_no_database_is_one_clear_line(file: Path, content: bytes | None) -> None:
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(StartError, match=r"^DATABASE_URL is not usable[^\n]*$"):
+        on_file(file)
+
+
+def test_a_server_that_is_not_there_is_one_clear_line() -> None:
+    database = Database("postgresql://nobody@127.0.0.1:1/none")
+    with pytest.raises(StartError, match=r"^DATABASE_URL is not usable[^\n]*$"):
+        database.migrate()
+    database.close()
+
+
+def test_four_threads_of_writers_lose_nothing(file: Path) -> None:
+    databases = [on_file(file) for _ in range(2)]
+
+    def write(number: int) -> int:
+        with databases[number % 2].sessions() as session:
+            return insert(session)
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(write, range(100)))
+    assert sorted(made) == list(range(1, 101))
+    for database in databases:
+        database.close()

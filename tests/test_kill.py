@@ -1,0 +1,13 @@
+"""What was answered is there after SIGKILL. `make torture` is the long form."""
+
+from pathlib import Path
+
+from benchmarks.kill_test import losses, torture
+
+
+def test_nothing_answered_is_lost_to_kills(tmp_path: Path) -> None:
+    counts = torture(kills=3, clients=8, seed=1, folder=tmp_path)
+    assert counts["kills"] == 3
+    assert counts["answered"] > 0
+    assert counts["records"] >= counts["answered"]
+    assert losses(counts) == {}
