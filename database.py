@@ -111,7 +111,8 @@ class Database:
             return
         take, give = advisory_lock(self.engine)
         with self.engine.connect() as holder:
-            holder.execute(text(take), {"key": MIGRATION_LOCK})
+            if holder.scalar(text(take), {"key": MIGRATION_LOCK}) in (0, None):
+                raise StorageUnavailableError
             try:
                 with self.engine.connect() as connection:
                     yield connection
@@ -123,12 +124,15 @@ class Database:
 
 
 def database_file(url: URL) -> Path | None:
-    """The SQLite file of a URL; None for a server."""
+    """The SQLite file of a URL; None for a server. A folder is not made: it may be a typo."""
     if url.get_backend_name() != "sqlite":
         return None
     if not url.database or ":memory:" in url.database or url.database.startswith("file:"):
         raise ValueError("records are kept in a file")
-    return Path(url.database)
+    file = Path(url.database)
+    if not file.absolute().parent.is_dir():
+        raise StartError("DATABASE_URL names a file in a folder that does not exist")
+    return file
 
 
 def open_engine(url: URL, file: Path | None, timeout: float) -> Engine:
@@ -160,7 +164,7 @@ def advisory_lock(engine: Engine) -> tuple[str, str]:
             "SELECT pg_advisory_lock(hashtext(:key))",
             "SELECT pg_advisory_unlock(hashtext(:key))",
         )
-    return "SELECT GET_LOCK(:key, 60)", "SELECT RELEASE_LOCK(:key)"
+    return f"SELECT GET_LOCK(:key, {MIGRATION_PATIENCE:.0f})", "SELECT RELEASE_LOCK(:key)"
 
 
 class WriteLock:

@@ -1,4 +1,4 @@
-"""The tables and the schemas. Imports nothing of ours.
+"""The tables and the schemas. Imports nothing of ours but how columns keep values.
 
 A text is stored once: ``generation_records`` holds the prompt and the continuation, and whatever
 else shows them (``generated_text``, a conversation, a stream) is a view of that row.
@@ -10,21 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    DateTime,
-    Dialect,
-    ForeignKey,
-    Index,
-    Integer,
-    String,
-    Text,
-)
-from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT
+from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, Index, Integer, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.types import TypeDecorator
+
+from column_types import TABLE_OPTIONS, Id, StoredText, UtcDateTime
 
 LOCAL_OWNER = "local"  # whose rows they are where no key is configured
 
@@ -58,53 +47,6 @@ class FinishReason(StrEnum):
     DISCONNECTED = "disconnected"
     INTERRUPTED = "interrupted"
     ERROR = "error"
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """A moment, in UTC with an offset in Python whatever the database keeps of it."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> Any:
-        if dialect.name in ("mysql", "mariadb"):
-            return dialect.type_descriptor(DATETIME(fsp=6))
-        return dialect.type_descriptor(DateTime(timezone=True))
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        moment = value.astimezone(UTC)
-        return moment if dialect.name == "postgresql" else moment.replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, _: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
-
-
-class StoredText(TypeDecorator[str]):
-    """A prompt's or an output's text; the one place to change how such text is kept."""
-
-    impl = Text
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> Any:
-        if dialect.name in ("mysql", "mariadb"):  # TEXT ends at 64 KiB there
-            return dialect.type_descriptor(LONGTEXT())
-        return dialect.type_descriptor(Text())
-
-
-Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTEGER alone
-
-# Ids are never used again on SQLite; on MySQL, texts compare by their bytes as elsewhere.
-TABLE_OPTIONS = {
-    "sqlite_autoincrement": True,
-    "mysql_charset": "utf8mb4",
-    "mysql_collate": "utf8mb4_0900_bin",
-    "mariadb_charset": "utf8mb4",
-    "mariadb_collate": "utf8mb4_nopad_bin",
-}
 
 
 class Base(DeclarativeBase):

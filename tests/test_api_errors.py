@@ -176,7 +176,7 @@ def test_a_huge_field_name_gives_a_short_answer(client: TestClient) -> None:
 
 
 def test_a_body_over_the_limit_is_413(client: TestClient) -> None:
-    limit = client.app.state.max_body_bytes  # type: ignore[attr-defined]
+    limit = client.app.state.settings.max_body_bytes  # type: ignore[attr-defined]
     found = body_of(post(client, b'"' + b"a" * limit + b'"'), 413, "body_too_large")
     assert str(limit) in found["detail"]
     body_of(post(client, b'"' + b"a" * (limit - 2) + b'"'), 422, "validation_error")
