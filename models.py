@@ -92,7 +92,7 @@ class StoredText(TypeDecorator[str]):
     def load_dialect_impl(self, dialect: Dialect) -> Any:
         if dialect.name in ("mysql", "mariadb"):  # TEXT ends at 64 KiB there
             return dialect.type_descriptor(LONGTEXT())
-        return dialect.type_descriptor(Text())
+        return self.impl_instance
 
 
 Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTEGER alone

@@ -60,7 +60,8 @@ def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path) -> None:
 
 
 def test_a_database_that_cannot_be_opened_stops_the_start_with_one_line(tmp_path: Path) -> None:
-    lines = start_refused(tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/no/such/folder/x.db")
+    (tmp_path / "file").touch()
+    lines = start_refused(tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/file/records.db")
     assert len([line for line in lines if "DATABASE_URL is not usable" in line]) == 1
     assert len(lines) <= 2
 
