@@ -251,6 +251,7 @@ def export(args: argparse.Namespace, corpus: Corpus) -> None:
         temperature=0.8,
         top_k=50,
         top_p=0.95,
+        repetition_penalty=1.15,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,

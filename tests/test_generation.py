@@ -1,0 +1,194 @@
+"""Generations: lengths, seeds, stops, refusals, and what is kept of each."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.service import TINY, in_process, ready
+
+PROMPT = "Once upon a time there was a king who had"
+
+
+def post(client: TestClient, **body: Any) -> Any:
+    return client.post("/generate", json={"prompt": PROMPT} | body)
+
+
+def generated(client: TestClient, **body: Any) -> dict[str, Any]:
+    answer = post(client, **body)
+    assert answer.status_code == 200, answer.text
+    record: dict[str, Any] = answer.json()
+    return record
+
+
+def tokens_of(text: str) -> int:
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(TINY)(text, verbose=False)["input_ids"])
+
+
+def test_max_length_counts_the_prompts_tokens(client: TestClient) -> None:
+    record = generated(client, max_length=30)
+    assert record["prompt_tokens"] == tokens_of(PROMPT)
+    assert record["total_tokens"] == record["prompt_tokens"] + record["completion_tokens"]
+    assert record["total_tokens"] <= 30
+    if record["finish_reason"] == "length":
+        assert record["total_tokens"] == 30
+
+
+def test_without_max_length_there_are_50_more(client: TestClient) -> None:
+    long = "king " * 100
+    record = generated(client, prompt=long)
+    assert record["prompt_tokens"] > 50
+    assert 1 <= record["completion_tokens"] <= 50
+
+
+def test_one_token_of_room_is_enough_and_none_is_422(client: TestClient) -> None:
+    prompt = "king " * 15
+    length = tokens_of(prompt)
+    assert 10 <= length < 200
+    assert generated(client, prompt=prompt, max_length=length + 1)["completion_tokens"] <= 1
+    answer = post(client, prompt=prompt, max_length=length)
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "invalid_request"
+    assert f"{length} tokens" in answer.json()["detail"]
+    assert f"max_length is {length}" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["🐉" * 500, "龍" * 500, "👩‍👩‍👧‍👦" * 71, "\u0301" * 500, "\t" * 500]
+)
+def test_500_characters_of_anything_are_answered_or_counted(
+    client: TestClient, prompt: str
+) -> None:
+    for max_length in (None, 200):
+        body = {"prompt": prompt} if max_length is None else {"prompt": prompt, "max_length": 200}
+        answer = client.post("/generate", json=body)
+        if answer.status_code == 200:
+            assert answer.json()["generated_text"].startswith(prompt)
+            assert answer.json()["prompt_tokens"] == tokens_of(prompt)
+        else:
+            assert answer.status_code == 422
+            assert f"{tokens_of(prompt)} tokens" in answer.json()["detail"]
+
+
+def test_the_record_has_every_field_of_the_contract(client: TestClient) -> None:
+    record = generated(client, max_length=20, user_id="anna", seed=5)
+    assert list(record) == [
+        "id",
+        "prompt",
+        "generated_text",
+        "model_name",
+        "created_at",
+        "status",
+        "finish_reason",
+        "user_id",
+        "conversation_id",
+        "prompt_tokens",
+        "completion_tokens",
+        "total_tokens",
+        "cached",
+        "seed",
+        "duration_ms",
+    ]
+    assert (record["prompt"], record["user_id"], record["seed"]) == (PROMPT, "anna", 5)
+    assert (record["status"], record["cached"]) == ("completed", False)
+    assert record["finish_reason"] in ("stop", "length")
+
+
+def test_a_seed_is_drawn_stored_and_gives_the_text_again(client: TestClient) -> None:
+    first = generated(client)
+    again = generated(client, seed=first["seed"])
+    assert again["generated_text"] == first["generated_text"]
+    assert generated(client)["seed"] != first["seed"]
+
+
+def test_one_seed_at_once_is_one_text(client: TestClient) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        others = [pool.submit(generated, client, max_length=60) for _ in range(4)]
+        same = [pool.submit(generated, client, seed=8, max_length=60) for _ in range(8)]
+        assert len({future.result()["generated_text"] for future in same}) == 1
+        assert len({future.result()["generated_text"] for future in others}) > 1
+    assert (
+        generated(client, seed=8, max_length=60)["generated_text"]
+        == (same[0].result()["generated_text"])
+    )
+
+
+def test_greedy_is_the_text_of_the_transformers_pipeline(client: TestClient) -> None:
+    from main import app
+
+    pipeline = app.state.models.model.pipeline
+    for prompt in (PROMPT, "The wolf", "龍"):
+        expected = pipeline(prompt, do_sample=False, max_length=60, max_new_tokens=None)
+        record = generated(client, prompt=prompt, temperature=0, max_length=60)
+        assert record["generated_text"] == expected[0]["generated_text"]
+
+
+def test_a_text_ends_before_its_stop_string(client: TestClient) -> None:
+    whole = generated(client, temperature=0, max_length=100)
+    completion = whole["generated_text"].removeprefix(PROMPT)
+    stop = completion[20:24]
+    record = generated(client, temperature=0, max_length=100, stop=["never this", stop])
+    expected = completion[: completion.index(stop)]
+    assert record["generated_text"] == PROMPT + expected
+    assert record["finish_reason"] == "stop"
+    assert record["completion_tokens"] < whole["completion_tokens"]
+
+
+def test_a_stop_string_in_the_prompt_does_not_count(client: TestClient) -> None:
+    record = generated(client, temperature=0, max_length=40, stop=["Once upon"])
+    assert record["generated_text"].startswith(PROMPT)
+    assert record["completion_tokens"] > 0
+
+
+def test_a_refused_prompt_is_stored_as_nothing(client: TestClient) -> None:
+    before = client.get("/history").json()
+    assert post(client, prompt="so much HATE").status_code == 400
+    assert client.get("/history").json() == before
+
+
+def test_50_at_once_are_all_in_the_history(client: TestClient) -> None:
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda _: post(client, max_length=30), range(50)))
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    found = [answer.json() for answer in answers if answer.status_code == 200]
+    assert found
+    assert len({record["id"] for record in found}) == len(found)
+    for record in found:
+        assert client.get(f"/history/{record['id']}").json() == record
+    for answer in answers:
+        assert answer.status_code == 200 or int(answer.headers["Retry-After"]) > 0
+
+
+def test_a_full_queue_is_503_and_stores_nothing(tmp_path: Any) -> None:
+    url = f"sqlite:///{tmp_path / 'records.db'}"
+    with in_process(DATABASE_URL=url, MAX_WAITING="1") as client:
+        ready(client)
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: post(client, max_length=200), range(8)))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) == {200, 503}
+        for answer in answers:
+            if answer.status_code == 503:
+                assert answer.json()["code"] == "overloaded"
+                assert int(answer.headers["Retry-After"]) > 0
+        assert len(client.get("/history?limit=100").json()) == statuses.count(200)
+        assert post(client, max_length=20).status_code == 200
+
+
+def test_the_deadline_is_504_and_the_record_failed(tmp_path: Any) -> None:
+    url = f"sqlite:///{tmp_path / 'records.db'}"
+    with in_process(
+        DATABASE_URL=url, REQUEST_TIMEOUT_SECONDS="0.000001", MAX_WAITING="1"
+    ) as client:
+        ready(client)
+        for _ in range(3):  # each gives its place in the queue back
+            answer = post(client, max_length=200)
+            assert answer.status_code == 504
+            body = answer.json()
+            assert body["code"] == "deadline_exceeded"
+            record = client.get(f"/history/{body['id']}").json()
+            assert (record["status"], record["finish_reason"]) == ("failed", "error")
+            assert record["prompt"] == PROMPT

@@ -1,0 +1,53 @@
+"""Logs tell what happened, in ids and sizes, never in anybody's words."""
+
+import json
+from pathlib import Path
+
+import httpx
+
+from tests.service import Server, serving
+
+CANARY = "zebra4711"
+
+
+def exercise(server: Server) -> list[str]:
+    """Requests of every kind; the texts that must not be in the log."""
+    body = {"prompt": f"The {CANARY} went to the wood", "max_length": 60, "user_id": CANARY}
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        record = client.post("/generate", json=body).json()
+        client.post("/generate", json=body | {"prompt": f"I hate {CANARY}"})
+        client.post("/generate", json=body | {CANARY: 1})
+        client.post("/generate", content=b'{"prompt": "' + CANARY.encode() + b"\xff")
+        client.post("/generate/stream", json=body)
+        client.get("/history", params={"user_id": CANARY})
+        client.get(f"/{CANARY}", params={CANARY: CANARY})
+        client.delete(f"/history/{record['id']}", headers={"X-Request-ID": "id-of-the-delete"})
+    completion = record["generated_text"].removeprefix(body["prompt"]).strip()
+    return [CANARY, completion[:30], completion[-30:]]
+
+
+def test_neither_prompts_nor_outputs_are_logged(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'records.db'}"
+    with serving(tmp_path / "log", DATABASE_URL=url, LOG_LEVEL="DEBUG") as server:
+        texts = exercise(server)
+    log = (tmp_path / "log").read_text()
+    assert "record accepted" in log
+    assert [text for text in texts if text and text in log] == []
+
+
+def test_every_json_line_is_an_object_with_its_ids(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'records.db'}"
+    with serving(tmp_path / "log", DATABASE_URL=url, LOG_FORMAT="json") as server:
+        exercise(server)
+        server.stop()
+    lines = (tmp_path / "log").read_text().splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    named = {event["event"]: event for event in events}
+    assert all({"time", "level", "logger", "event"} <= set(event) for event in events)
+    assert named["model ready"]["model"] == "tiny-gpt2"
+    assert named["record accepted"]["id"] >= 1
+    assert named["record finished"]["ms"] >= 0
+    assert named["prompt refused"]["characters"] == len(f"I hate {CANARY}")
+    assert named["record deleted"]["request_id"] == "id-of-the-delete"
+    assert named["drained"]
+    assert [line for line in lines if not line.startswith("{") and "INFO" not in line] == []
