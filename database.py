@@ -131,7 +131,7 @@ def database_file(url: URL) -> Path | None:
         raise ValueError("records are kept in a file")
     file = Path(url.database)
     if not file.absolute().parent.is_dir():
-        raise StartError("DATABASE_URL names a file in a folder that does not exist")
+        raise StartError("DATABASE_URL is not usable: the folder of its file does not exist")
     return file
 
 

@@ -50,8 +50,10 @@ def engine(loaded: LoadedModel) -> Iterator[Engine]:
     engine.close(10)
 
 
-def greedy(max_new_tokens: int) -> SamplingParams:
-    return SamplingParams(max_new_tokens, seed=0, temperature=0.0)
+def greedy(max_new_tokens: int, repetition_penalty: float = 1.0) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens, seed=0, temperature=0.0, repetition_penalty=repetition_penalty
+    )
 
 
 def mixed_prompts(count: int, seed: int = 0, longest: int = 60) -> list[str]:

@@ -44,13 +44,16 @@ def empty(engine: Engine) -> bool:
     return engine.used_slots == engine.running == engine.waiting == 0
 
 
-def of_transformers(loaded: LoadedModel, prompt: str, new: int) -> list[int]:
+def of_transformers(
+    loaded: LoadedModel, prompt: str, new: int, repetition_penalty: float
+) -> list[int]:
     ids = torch.tensor([loaded.encode(prompt)])
     out = loaded.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new,
         do_sample=False,
+        repetition_penalty=repetition_penalty,
         pad_token_id=0,
     )
     new_ids: list[int] = out[0, ids.shape[1] :].tolist()
@@ -58,13 +61,15 @@ def of_transformers(loaded: LoadedModel, prompt: str, new: int) -> list[int]:
     return new_ids[:end]
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.15])
 def test_greedy_text_of_mixed_prompts_is_that_of_transformers_token_for_token(
-    loaded: LoadedModel, engine: Engine
+    loaded: LoadedModel, engine: Engine, penalty: float
 ) -> None:
     prompts = mixed_prompts(40) + mixed_prompts(2, longest=900)
-    generations = [run(engine, prompt, greedy(24)) for prompt in prompts]
+    generations = [run(engine, prompt, greedy(24, penalty)) for prompt in prompts]
     for prompt, generation in zip(prompts, generations, strict=True):
-        assert list(generation.result(60).token_ids) == of_transformers(loaded, prompt, 24)
+        expected = of_transformers(loaded, prompt, 24, penalty)
+        assert list(generation.result(60).token_ids) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -86,9 +91,8 @@ def test_text_is_what_the_pipeline_holds_after_the_prompt(
 ) -> None:
     prompt = "Once upon a time there was"
     out = loaded.pipeline(prompt, max_new_tokens=30, do_sample=False)
-    assert (
-        run(engine, prompt, greedy(30)).result(20).text == out[0]["generated_text"][len(prompt) :]
-    )
+    params = greedy(30, loaded.defaults.repetition_penalty)
+    assert run(engine, prompt, params).result(20).text == out[0]["generated_text"][len(prompt) :]
 
 
 def test_it_ends_at_the_end_token_which_is_not_part_of_it(engine: Engine) -> None:
