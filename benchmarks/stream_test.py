@@ -3,6 +3,8 @@
     python -m benchmarks.stream_test --kills 200      kill -9 under 16 streaming clients
     python -m benchmarks.stream_test --hangups 100    clients that leave at random moments
     python -m benchmarks.stream_test --streams 200    that many at once, and is it alive meanwhile
+    python -m benchmarks.stream_test --stops 50       SIGTERM under 16 clients and half a request
+    python -m benchmarks.stream_test --locked 10      the database locked for 10 s under streams
 
 Every count that is not 0 is a broken promise, and the exit status says so. The server is started
 here, on the bundled model and a database of its own; nothing else is touched.
@@ -10,7 +12,9 @@ here, on the bundled model and a database of its own; nothing else is touched.
 
 import argparse
 import asyncio
+import contextlib
 import random
+import sqlite3
 import sys
 import tempfile
 import time
@@ -164,6 +168,86 @@ def hangups(folder: Path, count: int, rng: random.Random) -> Counter[str]:
     return total
 
 
+async def stream_until_stopped(server: Server, rng: random.Random) -> float:
+    """Stop the server under load, with half a request open; the seconds it took to end."""
+    limits = httpx.Limits(max_connections=CLIENTS)
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+    async with httpx.AsyncClient(base_url=server.url, timeout=30, limits=limits) as client:
+
+        async def one_after_the_other() -> None:
+            while server.process.poll() is None:
+                await follow(client, rng)
+
+        tasks = [asyncio.create_task(one_after_the_other()) for _ in range(CLIENTS)]
+        await asyncio.sleep(rng.uniform(0.3, 2.0))
+        began = time.monotonic()
+        server.process.terminate()
+        while server.process.poll() is None and time.monotonic() - began < 60:
+            await asyncio.sleep(0.02)
+        seconds = time.monotonic() - began
+        await asyncio.gather(*tasks)
+    writer.close()
+    return seconds
+
+
+def stops(folder: Path, count: int, rng: random.Random) -> Counter[str]:
+    total: Counter[str] = Counter()
+    file = folder / "records.db"
+    for number in range(count):
+        grace = rng.choice([0.0, 0.5, 2.0])
+        environment = {"DATABASE_URL": f"sqlite:///{file}", "LOG_LEVEL": "WARNING"}
+        environment["DRAIN_SECONDS"] = str(grace)
+        server = Server(environment, folder / "log").wait_until_ready()
+        try:
+            seconds = asyncio.run(stream_until_stopped(server, rng))
+        finally:
+            server.kill()
+        total["stops"] += 1
+        total["P8 late"] += seconds > grace + 2
+        with contextlib.closing(sqlite3.connect(file)) as connection:
+            rows = connection.execute(
+                "SELECT status, count(*) FROM generation_records GROUP BY status"
+            )
+            statuses = dict(rows.fetchall())
+        total["P8 open rows"] += statuses.get("in_progress", 0)
+        print(f"stop {number + 1}: {seconds:.2f} s of {grace} s, {statuses}", flush=True)
+    return total
+
+
+async def stream_under_lock(server: Server, file: Path, seconds: float) -> list[Seen]:
+    rng = random.Random(0)
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        streams = [asyncio.create_task(follow(client, rng)) for _ in range(CLIENTS)]
+        await asyncio.sleep(0.2)
+        with contextlib.closing(sqlite3.connect(file)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            await asyncio.sleep(seconds)
+        return list(await asyncio.gather(*streams))
+
+
+def locked(folder: Path, seconds: int, _: random.Random) -> Counter[str]:
+    total: Counter[str] = Counter()
+    file = folder / "records.db"
+    environment = {"DATABASE_URL": f"sqlite:///{file}", "LOG_LEVEL": "WARNING"}
+    server = Server(environment, folder / "log").wait_until_ready()
+    try:
+        found = asyncio.run(stream_under_lock(server, file, seconds))
+        time.sleep(2.0)
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            for seen in found:
+                total[str(seen.end)] += 1
+                if seen.record_id is None:
+                    continue
+                row = client.get(f"/history/{seen.record_id}").json()
+                total["P2 not terminal"] += row["status"] not in TERMINAL
+                total["P7 done, not stored"] += seen.done is not None and row != seen.done
+    finally:
+        server.kill()
+    return total
+
+
 async def open_many(server: Server, count: int, rng: random.Random) -> tuple[list[Seen], float]:
     slowest = 0.0
     limits = httpx.Limits(max_connections=None)
@@ -201,11 +285,20 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--hangups", type=int, default=0)
     parser.add_argument("--streams", type=int, default=0)
+    parser.add_argument("--stops", type=int, default=0)
+    parser.add_argument("--locked", type=int, default=0, help="seconds")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     broken = 0
-    for run, count in ((kills, args.kills), (hangups, args.hangups), (many, args.streams)):
+    runs = (
+        (kills, args.kills),
+        (hangups, args.hangups),
+        (many, args.streams),
+        (stops, args.stops),
+        (locked, args.locked),
+    )
+    for run, count in runs:
         if not count:
             continue
         with tempfile.TemporaryDirectory() as folder:
