@@ -137,7 +137,9 @@ def floors_of(loaded: LoadedModel, counts: list[int]) -> dict[int, float]:
 
     Measured before there is an engine: its thread would be in the way (see ``apart``).
     """
-    runner = GPT2Runner(loaded.model, context_size=64, max_running=1, prefill_tokens=1)
+    runner = GPT2Runner(
+        loaded.model, context_size=64, max_running=1, prefill_tokens=1, prefix_bytes=0
+    )
     products: list[Linear] = []
     for block in runner.blocks:
         products += [block.qkv, block.out, block.up, block.down]

@@ -40,6 +40,7 @@ MAX_WAITING = 256
 MAX_RUNNING = 64
 KV_TOKENS = 32 * 1024
 PREFILL_TOKENS = 256
+PREFIX_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ class Outcome:
 
 class Engine:
     """``max_running`` sequences share a step, ``max_waiting`` more wait their turn, and those that
-    run may together grow to ``kv_tokens`` tokens (or one to the model's whole context)."""
+    run may together grow to ``kv_tokens`` tokens (or one to the model's whole context). Keys and
+    values of earlier prompts take ``prefix_bytes`` bytes at most."""
 
     def __init__(
         self,
@@ -74,11 +76,16 @@ class Engine:
         max_running: int = MAX_RUNNING,
         kv_tokens: int = KV_TOKENS,
         prefill_tokens: int = PREFILL_TOKENS,
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         self.loaded = loaded
         self._built = threading.Event()
         self._build = partial(
-            runner_for, loaded, max_running=max_running, prefill_tokens=prefill_tokens
+            runner_for,
+            loaded,
+            max_running=max_running,
+            prefill_tokens=prefill_tokens,
+            prefix_bytes=prefix_bytes,
         )
         self.scheduler = Scheduler(
             max_waiting=max_waiting,
@@ -164,6 +171,11 @@ class Engine:
         return self.runner.used
 
     @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens that were not computed because an earlier prompt began with them."""
+        return self.runner.reused_tokens
+
+    @property
     def reproducible(self) -> bool:
         """Whether the text of a request is independent of what runs beside it, bit for bit."""
         return self.runner.reproducible
@@ -241,7 +253,7 @@ class Engine:
                 if self._closing:
                     return None
                 if self.scheduler.has_work:
-                    return self.scheduler.schedule()
+                    return self.scheduler.schedule(self.runner.reuse)
                 self._lock.wait()
 
     def _step(self, plan: Plan) -> None:

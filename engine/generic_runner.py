@@ -19,6 +19,7 @@ class GenericRunner:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.reused_tokens = 0
         # A cache and how many tokens it holds: a step that raised may have grown it.
         self.caches: dict[Sequence, tuple[Any, int]] = {}
 
@@ -29,6 +30,9 @@ class GenericRunner:
             if chunk.ends_prompt:
                 rows.append(logits)
         return torch.stack(rows) if rows else torch.empty(0, 0)
+
+    def reuse(self, sequence: Sequence) -> int:  # noqa: ARG002
+        return 0
 
     def free(self, sequence: Sequence, *, tainted: bool = False) -> None:  # noqa: ARG002
         self.caches.pop(sequence, None)

@@ -17,7 +17,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
 from engine.kv_cache import Arena, KVCache, Shape
 from engine.linear import Linear, RowCounts, agreeing_counts, cancelling, candidate_counts
-from engine.scheduler import Chunk, Plan
+from engine.prefix_store import PrefixStore
+from engine.scheduler import CHUNK, Chunk, Plan
 from engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,13 @@ class GPT2Runner:
 
     @torch.inference_mode()
     def __init__(
-        self, model: Any, *, context_size: int, max_running: int, prefill_tokens: int
+        self,
+        model: Any,
+        *,
+        context_size: int,
+        max_running: int,
+        prefill_tokens: int,
+        prefix_bytes: int,
     ) -> None:
         body, config = model.transformer, model.config
         self.heads, self.width = config.n_head, config.n_embd // config.n_head
@@ -102,6 +109,9 @@ class GPT2Runner:
             Shape(config.n_layer, self.heads, self.width, self.dtype, self.device), context_size
         )
         self.stages: dict[Sequence, Tensor] = {}
+        self.prefixes = PrefixStore(prefix_bytes)
+        self.reused: dict[Sequence, list[Tensor]] = {}  # found, and not yet in a stage
+        self.reused_tokens = 0
         self._choose_row_counts(max_running, prefill_tokens)
 
     def _choose_row_counts(self, max_running: int, prefill_tokens: int) -> None:
@@ -127,10 +137,16 @@ class GPT2Runner:
 
     @property
     def used(self) -> int:
-        return self.cache.used + len(self.stages)
+        return self.cache.used + len(self.stages) + len(self.reused)
+
+    def reuse(self, sequence: Sequence) -> int:
+        if found := self.prefixes.find(sequence.prompt_ids):
+            self.reused[sequence] = found
+        return CHUNK * len(found)
 
     def free(self, sequence: Sequence, *, tainted: bool = False) -> None:
         self.stages.pop(sequence, None)
+        self.reused.pop(sequence, None)
         self.cache.free(sequence, tainted=tainted)
 
     @torch.inference_mode()
@@ -151,6 +167,7 @@ class GPT2Runner:
         """A prompt is computed: its keys and values go where decoding reads them."""
         sequence = piece.chunk.sequence
         self.cache.insert(sequence, piece.stage[0], piece.stage[1])
+        self.prefixes.keep(sequence.prompt_ids, piece.stage)
         del self.stages[sequence]
 
     def _attend(self, block: Block, layer: int, x: Tensor, layout: Layout) -> Tensor:
@@ -257,6 +274,9 @@ class GPT2Runner:
         if stage is None:
             size = (2, len(self.blocks), self.heads, prompt, self.width)
             stage = torch.empty(size, dtype=self.dtype, device=self.device)
+            for index, found in enumerate(self.reused.pop(chunk.sequence, ())):
+                stage[..., index * CHUNK : (index + 1) * CHUNK, :] = found
+                self.reused_tokens += CHUNK
             self.stages[chunk.sequence] = stage
         mask = torch.full((chunk.stop - chunk.start, chunk.stop), -math.inf, dtype=self.dtype)
         return PrefillPiece(chunk, at, stage, mask.triu_(chunk.start + 1).to(self.device))

@@ -12,6 +12,7 @@ from engine.sequence import Sequence
 
 
 class Runner(Protocol):
+    reused_tokens: int
     reproducible: bool  # a sequence's logits have the same bits whatever else a step computes
 
     def forward(self, plan: Plan) -> Tensor:
@@ -19,6 +20,10 @@ class Runner(Protocol):
 
         Running a plan again, or a part of it, before its tokens are appended changes nothing.
         """
+        ...
+
+    def reuse(self, sequence: Sequence) -> int:
+        """How many of its first tokens need not be computed, because an earlier prompt's were."""
         ...
 
     def free(self, sequence: Sequence, *, tainted: bool = False) -> None:
@@ -31,7 +36,9 @@ class Runner(Protocol):
         ...
 
 
-def runner_for(loaded: LoadedModel, *, max_running: int, prefill_tokens: int) -> Runner:
+def runner_for(
+    loaded: LoadedModel, *, max_running: int, prefill_tokens: int, prefix_bytes: int
+) -> Runner:
     """GPT-2 has its own; every other causal language model runs on its own ``forward``."""
     if GPT2Runner.takes(loaded.model):
         return GPT2Runner(
@@ -39,5 +46,6 @@ def runner_for(loaded: LoadedModel, *, max_running: int, prefill_tokens: int) ->
             context_size=loaded.context_size,
             max_running=max_running,
             prefill_tokens=prefill_tokens,
+            prefix_bytes=prefix_bytes,
         )
     return GenericRunner(loaded.model)

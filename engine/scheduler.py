@@ -9,6 +9,7 @@ the things that change its last bits (docs/decisions/0002-reproducible-batches.m
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.errors import EngineFullError
@@ -82,11 +83,16 @@ class Scheduler:
         sequence.status = Status.WAITING
         self.waiting.append(sequence)
 
-    def schedule(self) -> Plan:
-        """Fill free slots, then plan one step for everything that runs."""
+    def schedule(self, reuse: Callable[[Sequence], int] = lambda _: 0) -> Plan:
+        """Fill free slots, then plan one step for everything that runs.
+
+        ``reuse`` tells how many of a new sequence's first tokens are computed already, in whole
+        chunks.
+        """
         while self.waiting and self._fits(self.waiting[0]):
             sequence = self.waiting.popleft()
             sequence.status = Status.RUNNING
+            sequence.computed = reuse(sequence)
             self.running.append(sequence)
             self.promised_tokens += sequence.longest
         decode = tuple(s for s in self.running if s.decoding)

@@ -317,7 +317,7 @@ def test_a_worker_that_dies_tells_everybody_at_once(
     admitted = engine.admit([1], LONG)
     wait_until(lambda: engine.running == 3)
 
-    def breaks() -> None:
+    def breaks(_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(engine.scheduler, "schedule", breaks)

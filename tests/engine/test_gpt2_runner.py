@@ -13,7 +13,9 @@ from tests.engine.conftest import random_gpt2
 
 
 def runner_of(model: torch.nn.Module) -> GPT2Runner:
-    return GPT2Runner(model, context_size=1024, max_running=32, prefill_tokens=2 * CHUNK)
+    return GPT2Runner(
+        model, context_size=1024, max_running=32, prefill_tokens=2 * CHUNK, prefix_bytes=0
+    )
 
 
 def made(tokens: int, seed: int, vocabulary: int = 4096) -> Sequence:
