@@ -67,6 +67,7 @@ class ModelHost:
 
         try:
             model = load_model(self.name, self.dtype, self.device)
+            engine = Engine(model, max_waiting=self.max_waiting, max_running=MAX_RUNNING)
         except ModelUnavailableError as error:
             self.fail(str(error))
             return
@@ -74,11 +75,11 @@ class ModelHost:
             log.exception("the model did not load")
             self.fail(f"the model did not load ({type(error).__name__})")
             return
+        engine.subscribe(self.on_step)
         with self.lock:
             if self.closed:
+                engine.close(timeout=5.0)
                 return
-            engine = Engine(model, max_waiting=self.max_waiting, max_running=MAX_RUNNING)
-            engine.subscribe(self.on_step)
             self.model, self.engine = model, engine
         event(
             log,
