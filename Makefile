@@ -20,6 +20,7 @@ lint: .venv/dev ## check style and types
 
 bench: .venv/dev ## measure the engine against its baselines
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.conversation
 
 torture: .venv/dev ## kill -9 the service 100 times under load and count what was lost
 	$(BIN)/python -m benchmarks.kill_test --kills 100
