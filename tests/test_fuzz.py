@@ -11,6 +11,7 @@ def test_no_request_is_an_error_of_ours(server: Server) -> None:
     command = [str(Path(sys.executable).parent / "schemathesis"), "run"]
     command += [f"{server.url}/openapi.json", "--checks", "not_a_server_error"]
     command += ["--phases", "fuzzing", "--max-examples", "6", "--seed", "1", "--no-color"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    command += ["--request-timeout", "150"]  # a busy machine is no failure
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stdout[-3000:]
     assert "passed" in found.stdout
