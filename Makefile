@@ -1,11 +1,12 @@
 # Every command sets itself up: a virtual environment, and what is pinned in requirements*.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+ROWS ?= 10000 1000000
 
-.PHONY: help run test lint bench torture
+.PHONY: help run test lint bench bench-db torture
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: .venv/run ## serve on http://localhost:8000 (PORT=8123 make run serves there)
 	@exec $(BIN)/python main.py
@@ -18,12 +19,27 @@ lint: .venv/dev ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 
-bench: .venv/dev ## measure the engine against its baselines
-	$(BIN)/python -m benchmarks.engine
-	$(BIN)/python -m benchmarks.conversation
+bench: .venv/dev ## measure speed against the baselines, in one table
+	$(BIN)/python -m benchmarks.table
 
-torture: .venv/dev ## kill -9 the service 100 times under load and count what was lost
+bench-db: .venv/dev ## measure the history: ROWS="10000 1000000 10000000" make bench-db
+	$(BIN)/python -m benchmarks.history --rows $(ROWS) --out docs/history.json
+	$(BIN)/python -m benchmarks.history_chart docs/history.json docs/history.svg
+
+torture: .venv/dev ## kill it and its databases under load, cut the power; count what was lost
 	$(BIN)/python -m benchmarks.kill_test --kills 100
+	$(BIN)/python -m benchmarks.once_test --kills 20
+	$(BIN)/python -m benchmarks.backup_drill --drills 15
+	$(BIN)/python -m benchmarks.leak_test --requests 10000
+	$(BIN)/python -m benchmarks.replay_test --records 200
+	$(BIN)/python -m benchmarks.stream_test --kills 200 --stops 50 --hangups 100 --streams 200 --locked 10
+	$(BIN)/python -m benchmarks.power_cut --cuts 200
+	$(BIN)/python -m benchmarks.processes
+	$(BIN)/python -m benchmarks.faults postgresql --times 20
+	$(BIN)/python -m benchmarks.faults mariadb --times 10
+	$(BIN)/python -m benchmarks.faults locked
+	$(BIN)/python -m benchmarks.faults taken --times 3
+	$(BIN)/python -m benchmarks.faults replaced --times 3
 
 .venv/run: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -3,8 +3,8 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Dialect, Integer, Text
-from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT
+from sqlalchemy import BigInteger, DateTime, Dialect, Integer, LargeBinary, Text
+from sqlalchemy.dialects.mysql import DATETIME, LONGBLOB, LONGTEXT
 from sqlalchemy.types import TypeDecorator
 
 
@@ -34,6 +34,8 @@ class UtcDateTime(TypeDecorator[datetime]):
 # A prompt's or an output's text; the one place to change how such text is kept. MySQL's TEXT ends
 # at 64 KiB.
 StoredText = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
+
+Bytes = LargeBinary().with_variant(LONGBLOB(), "mysql", "mariadb")  # BLOB ends at 64 KiB too
 
 Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTEGER alone
 

@@ -1,90 +1,92 @@
 """The engine, the sessions, the session dependency, and migrations at start.
 
 A session only opens and closes here; services decide what is one transaction, with
-``transaction(session)``. SQLite's rules are kept in this file:
-
-* WAL with ``synchronous=FULL``: an acknowledged commit survives a power cut.
-* A write transaction takes the write lock at once (BEGIN IMMEDIATE): a lock upgrade half-way
-  ignores the busy timeout.
-* Writers queue on one lock in the process and one lock file between processes: fair, and SQLite
-  before 3.51.3 can corrupt a WAL when two connections write and checkpoint at the same moment.
-* The file is compared with the one opened at start: a deleted or replaced file would go on taking
-  writes that nobody can read back.
+``transaction(session)``. How connections are made is in ``connections.py``, what a SQLite file
+needs in ``sqlite_file.py``.
 """
 
 import contextlib
 import logging
-import os
-import sqlite3
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
+import anyio
+import anyio.to_thread
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from fastapi import Request
 from filelock import FileLock, Timeout
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    InterfaceError,
-    NoSuchModuleError,
-    OperationalError,
-)
+from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
+from connections import normalise_url, open_engine, unsafe_commits
 from errors import StartError, StorageUnavailableError
 from log import event as event_log
+from sqlite_file import PageCheck, WriteLock, database_file, truncate_log, vacuum
 
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_PATIENCE = 600.0  # seconds to wait for another process's migration
 MIGRATION_LOCK = "ai-database-service-migration"
-DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"} | {
-    "mysql": "mysql+pymysql",
-    "mariadb": "mariadb+pymysql",
-}
-
-
-def normalise_url(url: str) -> URL:
-    """A URL as hosting platforms write it, with the driver this service ships."""
-    parsed = make_url(url)
-    parsed = parsed.set(drivername=DRIVERS.get(parsed.drivername, parsed.drivername))
-    if parsed.get_backend_name() in ("mysql", "mariadb"):
-        parsed = parsed.update_query_dict({"charset": "utf8mb4"})
-    return parsed
 
 
 class Database:
     """One database: its connections, its write lock, its migrations.
 
-    ``timeout`` is the longest wait for a lock or a connection, in seconds.
+    ``timeout`` is the longest wait for a lock or a connection, in seconds. ``unsafe_commits``
+    takes a server on which a power cut may lose what was acknowledged.
     """
 
-    def __init__(self, url: str, timeout: float = 5.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 5.0,
+        pool_size: int | None = None,
+        unsafe_commits: bool = False,
+    ) -> None:
         try:
             self.url = normalise_url(url)
             self.file = database_file(self.url)
-            self.engine = open_engine(self.url, self.file, timeout)
+            self.write_lock = WriteLock(self.file, timeout) if self.file else None
+            self.engine = open_engine(self.url, self.write_lock, timeout, pool_size)
         except (ArgumentError, NoSuchModuleError, ValueError) as error:
             raise StartError(
                 "DATABASE_URL is not usable: it takes a SQLite file, PostgreSQL or MySQL, as in"
                 " sqlite:///ai_service.db or postgresql://user:password@host/name"
             ) from error
-        self.write_lock = WriteLock(self.file, timeout) if self.file else None
+        self.unsafe_commits = unsafe_commits
+        self.page_check = PageCheck(self.write_lock) if self.write_lock else None
         self.sessions = sessionmaker(
             self.engine, expire_on_commit=False, info={"write_lock": self.write_lock}
         )
 
+    @property
+    def damaged(self) -> bool:
+        """Whether a page of the file was found damaged: it is read from, but takes no writes."""
+        return self.write_lock is not None and self.write_lock.damaged
+
+    def open(self) -> None:
+        """Look whether it can be trusted, and bring it to this version. Raises StartError."""
+        if self.page_check is not None:
+            self.page_check.start()
+        if not self.damaged:
+            self.migrate()
+
     def migrate(self) -> None:
         """Bring the schema to this version, one process at a time. Raises StartError."""
         try:
+            if not self.unsafe_commits and (reason := unsafe_commits(self.engine)):
+                raise StartError(
+                    "DATABASE_URL names a server that may lose what it acknowledged"
+                    f" ({reason}): change that, or set DATABASE_UNSAFE_COMMITS=true"
+                )
             with self.migrating() as connection:
                 config = Config()
                 config.set_main_option("script_location", str(MIGRATIONS))
@@ -109,104 +111,102 @@ class Database:
             with self.write_lock.hold(MIGRATION_PATIENCE), self.engine.connect() as connection:
                 yield connection.execution_options(write=True)
             return
-        take, give = advisory_lock(self.engine)
-        with self.engine.connect() as holder:
-            if holder.scalar(text(take), {"key": MIGRATION_LOCK}) in (0, None):
-                raise StorageUnavailableError
+        patient = open_engine(self.url, None, MIGRATION_PATIENCE, pool_size=2)
+        take, give = advisory_lock(patient)
+        try:
+            with patient.connect() as holder:
+                if holder.scalar(text(take), {"key": MIGRATION_LOCK}) in (0, None):
+                    raise StorageUnavailableError
+                try:
+                    with patient.connect() as connection:
+                        yield connection
+                finally:
+                    holder.execute(text(give), {"key": MIGRATION_LOCK})
+        finally:
+            patient.dispose()
+
+    def expect_schema(self) -> None:
+        """Look that the database is there and of this version. Raises StartError."""
+        if self.file is not None and not self.file.exists():
+            raise StartError("DATABASE_URL names a file that is not there: `migrate` makes it")
+        try:
+            with self.engine.connect() as connection:
+                found = MigrationContext.configure(connection).get_current_revision()
+        except DBAPIError as error:
+            raise unreadable(error) from error
+        if found != ScriptDirectory(str(MIGRATIONS)).get_current_head():
+            raise StartError("DATABASE_URL names a database of another version: see `migrate`")
+        if self.write_lock is not None:
+            self.write_lock.watch()
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[bool]:
+        """Whether this is the only one of all processes that is at something, for the block."""
+        if self.file is not None:
+            lock = FileLock(f"{self.file}.{name}.lock", thread_local=False)
             try:
-                with self.engine.connect() as connection:
-                    yield connection
+                with lock.acquire(timeout=0):
+                    yield True
+            except Timeout:
+                yield False
+            return
+        take, give = advisory_lock(self.engine, wait=False)
+        key = {"key": f"{name}/{self.url.database}"}
+        with self.engine.connect() as holder:
+            holder = holder.execution_options(isolation_level="AUTOCOMMIT")
+            taken = bool(holder.scalar(text(take), key))
+            try:
+                yield taken
             finally:
-                holder.execute(text(give), {"key": MIGRATION_LOCK})
+                if taken:
+                    holder.execute(text(give), key)
+
+    def truncate_log(self) -> bool:
+        """Empty a SQLite file's write-ahead log; False when readers did not let it in time."""
+        if self.write_lock is None:
+            return True
+        deadline = time.monotonic() + self.write_lock.timeout
+        while time.monotonic() < deadline:
+            with self.write_lock.hold():
+                if truncate_log(self.write_lock.file):
+                    return True
+            time.sleep(0.05)
+        return False
+
+    def vacuum(self, most_bytes: int | None) -> bool:
+        """Write a SQLite file anew, unless it is larger; nobody else writes meanwhile."""
+        if self.write_lock is None:
+            return True
+        if most_bytes is not None and self.write_lock.file.stat().st_size > most_bytes:
+            return False
+        with self.write_lock.hold():
+            vacuum(self.write_lock.file)
+        return True
+
+    def is_empty(self) -> bool:
+        """Whether it has no tables. Raises StartError."""
+        try:
+            return not inspect(self.engine).get_table_names()
+        except DBAPIError as error:
+            raise unreadable(error) from error
 
     def close(self) -> None:
+        if self.page_check is not None:
+            self.page_check.stop()
         self.engine.dispose()
 
 
-def database_file(url: URL) -> Path | None:
-    """The SQLite file of a URL; None for a server. A folder is not made: it may be a typo."""
-    if url.get_backend_name() != "sqlite":
-        return None
-    if not url.database or ":memory:" in url.database or url.database.startswith("file:"):
-        raise ValueError("records are kept in a file")
-    file = Path(url.database)
-    if not file.absolute().parent.is_dir():
-        raise StartError("DATABASE_URL is not usable: the folder of its file does not exist")
-    return file
+def unreadable(error: DBAPIError) -> StartError:
+    return StartError(f"DATABASE_URL is not usable: the database cannot be read ({kind(error)})")
 
 
-def open_engine(url: URL, file: Path | None, timeout: float) -> Engine:
-    # Parameters are prompts and outputs: an exception must not carry them.
-    options: dict[str, Any] = {"hide_parameters": True, "pool_size": 16, "max_overflow": 16}
-    options |= {"pool_timeout": timeout}
-    if file is None:
-        return create_engine(url, pool_pre_ping=True, **options)
-    engine = create_engine(url, connect_args={"timeout": timeout}, **options)
-    event.listen(engine, "connect", set_up_sqlite)
-    event.listen(engine, "begin", begin_sqlite)
-    return engine
-
-
-def set_up_sqlite(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = None  # transactions begin in begin_sqlite alone
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def begin_sqlite(connection: Connection) -> None:
-    write = connection.get_execution_options().get("write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-
-def advisory_lock(engine: Engine) -> tuple[str, str]:
+def advisory_lock(engine: Engine, wait: bool = True) -> tuple[str, str]:
+    """How to take a lock by a key, and how to give it back; what is not taken gives a false."""
     if engine.dialect.name == "postgresql":
-        return (
-            "SELECT pg_advisory_lock(hashtext(:key))",
-            "SELECT pg_advisory_unlock(hashtext(:key))",
-        )
-    return f"SELECT GET_LOCK(:key, {MIGRATION_PATIENCE:.0f})", "SELECT RELEASE_LOCK(:key)"
-
-
-class WriteLock:
-    """Lets one writer at a time at a SQLite file, in this process and between processes."""
-
-    def __init__(self, file: Path, timeout: float) -> None:
-        self.file = file
-        self.timeout = timeout
-        self.threads = threading.Lock()
-        self.processes = FileLock(f"{file}.lock", poll_interval=0.005, thread_local=False)
-        self.identity: tuple[int, int] | None = None
-
-    @contextlib.contextmanager
-    def hold(self, timeout: float | None = None) -> Iterator[None]:
-        """Raises StorageUnavailableError when the lock is not had in time or the file is gone."""
-        timeout = self.timeout if timeout is None else timeout
-        deadline = time.monotonic() + timeout
-        if not self.threads.acquire(timeout=timeout):
-            raise StorageUnavailableError
-        try:
-            with self.processes.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                self.check_identity()
-                yield
-        except Timeout:
-            raise StorageUnavailableError from None
-        finally:
-            self.threads.release()
-
-    def watch(self) -> None:
-        """From now on, writes are refused when the path leads to another file than today."""
-        status = os.stat(self.file)
-        self.identity = (status.st_dev, status.st_ino)
-
-    def check_identity(self) -> None:
-        if self.identity is None:
-            return
-        try:
-            status = os.stat(self.file)
-        except OSError:
-            raise StorageUnavailableError from None
-        if (status.st_dev, status.st_ino) != self.identity:
-            raise StorageUnavailableError
+        take = "pg_advisory_lock" if wait else "pg_try_advisory_lock"
+        return f"SELECT {take}(hashtext(:key))", "SELECT pg_advisory_unlock(hashtext(:key))"
+    seconds = MIGRATION_PATIENCE if wait else 0
+    return f"SELECT GET_LOCK(:key, {seconds:.0f})", "SELECT RELEASE_LOCK(:key)"
 
 
 @contextlib.contextmanager
@@ -221,9 +221,11 @@ def transaction(session: Session) -> Iterator[None]:
             session.connection(execution_options={"write": True})
             yield
             session.commit()
-        except (OperationalError, InterfaceError, PoolTimeoutError) as error:
-            event_log(log, logging.ERROR, "database refused a write", error=kind(error))
+        except (DBAPIError, PoolTimeoutError) as error:
             session.rollback()
+            if isinstance(error, IntegrityError):
+                raise  # a constraint's refusal is an answer
+            event_log(log, logging.ERROR, "database refused a write", error=kind(error))
             raise StorageUnavailableError from error
         except BaseException:
             session.rollback()
@@ -241,8 +243,18 @@ def kind(error: Exception) -> str:
     return type(getattr(error, "orig", None) or error).__name__
 
 
-def get_db(request: Request) -> Iterator[Session]:
-    """A session for one request. Reads may use it as it is; writes need ``transaction``."""
+async def get_db(request: Request) -> AsyncIterator[Session]:
+    """A session for one request. Reads may use it as it is; writes need ``transaction``.
+
+    On the event loop: to open a session does nothing yet, nor to close one that was released.
+    """
     database: Database = request.app.state.database
-    with database.sessions() as session:
+    session = database.sessions()
+    try:
         yield session
+    finally:
+        if session.in_transaction():
+            with anyio.CancelScope(shield=True):  # in a thread of its own: all may wait for this
+                await anyio.to_thread.run_sync(session.close, limiter=anyio.CapacityLimiter(1))
+        else:
+            session.close()

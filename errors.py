@@ -1,12 +1,15 @@
 """Everything that can go wrong in words a person can act on; imports nothing of ours.
 
     StartError                      the service cannot start; one line for the operator
+    CommandError                    a command cannot do what it was asked; one line as well
     ServiceError                    an answer to a client: status, code, detail
     ├── InvalidRequestError         422  parameters that contradict each other or the model
+    │   └── KeyReusedError               an Idempotency-Key of another request
     ├── ContentRefusedError         400  the prompt holds a forbidden word
     ├── NotFoundError               404
     ├── ConflictError               409  not with a record in this state
-    │   └── CancelledError               the generation was cancelled
+    │   ├── CancelledError               the generation was cancelled
+    │   └── KeyInUseError           + Retry-After: the key's first request still runs
     ├── UnavailableError            503  + Retry-After
     │   ├── ModelNotReadyError           the model is loading or did not load
     │   ├── OverloadedError              the queue is full
@@ -23,6 +26,10 @@ class StartError(Exception):
     """The service cannot start."""
 
 
+class CommandError(Exception):
+    """A command line's command cannot do what it was asked."""
+
+
 class ServiceError(Exception):
     status = 500
     code = "internal_error"
@@ -37,6 +44,11 @@ class ServiceError(Exception):
 
 class InvalidRequestError(ServiceError):
     status, code = 422, "invalid_request"
+
+
+class KeyReusedError(InvalidRequestError):
+    code = "idempotency_key_reused"
+    detail = "This Idempotency-Key was used for another request. Use a new one."
 
 
 class ContentRefusedError(ServiceError):
@@ -56,6 +68,12 @@ class ConflictError(ServiceError):
 class CancelledError(ConflictError):
     code = "cancelled"
     detail = "The generation was cancelled. Its text up to there is kept under the record's id."
+
+
+class KeyInUseError(ConflictError):
+    code = "idempotency_key_in_use"
+    detail = "The first request with this Idempotency-Key is still running. Try again shortly."
+    retry_after = 1
 
 
 class UnavailableError(ServiceError):

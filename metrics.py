@@ -8,3 +8,5 @@ REFUSED = Counter("prompts_refused_total", "Prompts refused by the content filte
 FINISHED = Counter("generations_finished_total", "Generations that ended", ["status"])
 TOKENS = Counter("generated_tokens_total", "Tokens generated and stored")
 INTERRUPTED = Counter("generations_interrupted_total", "Records closed for a dead process")
+CACHED = Counter("cached_answers_total", "Requests answered with a text that was there already")
+TOKENS_SAVED = Counter("cached_tokens_total", "Tokens of such answers, not generated anew")

@@ -6,14 +6,34 @@ else shows them (``generated_text``, a conversation, a stream) is a view of that
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
-from sqlalchemy import JSON, BigInteger, Boolean, ForeignKey, Index, Integer, String
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    false,
+    text,
+)
+from sqlalchemy.ext.hybrid import hybrid_property
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.sql.elements import ColumnElement
 
-from column_types import TABLE_OPTIONS, Id, StoredText, UtcDateTime
+from column_types import TABLE_OPTIONS, Bytes, Id, StoredText, UtcDateTime
+from words import NonsenseError, parse_search
 
 LOCAL_OWNER = "local"  # whose rows they are where no key is configured
 
@@ -64,8 +84,8 @@ class GenerationRecord(Base):
     )
     status: Mapped[Status] = mapped_column(String(16))
     finish_reason: Mapped[FinishReason | None] = mapped_column(String(16))
-    prompt: Mapped[str] = mapped_column(StoredText)
-    completion: Mapped[str] = mapped_column(StoredText)
+    own_prompt: Mapped[str] = mapped_column("prompt", StoredText)
+    own_completion: Mapped[str] = mapped_column("completion", StoredText)
     model_name: Mapped[str] = mapped_column(String(200))
     model_fingerprint: Mapped[str] = mapped_column(String(16))
     dtype: Mapped[str] = mapped_column(String(16))
@@ -78,13 +98,39 @@ class GenerationRecord(Base):
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
     cancel_requested: Mapped[bool | None] = mapped_column(Boolean)
     lease_id: Mapped[int | None] = mapped_column(BigInteger)  # who runs it; null once it ended
+    attempts: Mapped[int] = mapped_column(Integer, default=1, server_default="1")
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    idempotency_fingerprint: Mapped[str | None] = mapped_column(String(32))
+    cache_key: Mapped[str | None] = mapped_column(String(32))  # the work it did, for who asks again
+    flight_key: Mapped[str | None] = mapped_column(String(32))  # the same, while it runs
+    # The record that holds the text of an answer from the cache; never one from the cache itself.
+    source_id: Mapped[int | None] = mapped_column(ForeignKey("generation_records.id"))
+    pinned: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    text_removed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # by retention
+
+    source: Mapped["GenerationRecord | None"] = relationship(
+        remote_side="GenerationRecord.id", lazy="selectin", join_depth=1
+    )
 
     __table_args__ = (
         Index("ix_records_owner", "owner_id", "id"),
-        Index("ix_records_user", "owner_id", "user_id", "id"),
-        Index("ix_records_status", "owner_id", "status", "id"),
+        Index(
+            "ix_records_user",
+            "owner_id",
+            "user_id",
+            "id",
+            sqlite_where=user_id.is_not(None),
+            postgresql_where=user_id.is_not(None),
+        ),
+        Index(  # almost all are completed: those are found among all
+            "ix_records_status",
+            "owner_id",
+            "status",
+            "id",
+            sqlite_where=text("status <> 'completed'"),
+            postgresql_where=text("status <> 'completed'"),
+        ),
         Index("ix_records_model", "owner_id", "model_name", "id"),
-        Index("ix_records_created", "owner_id", "created_at", "id"),
         Index(
             "ix_records_conversation",
             "conversation_id",
@@ -98,8 +144,68 @@ class GenerationRecord(Base):
             sqlite_where=lease_id.is_not(None),
             postgresql_where=lease_id.is_not(None),
         ),
+        Index(
+            "ix_records_idempotency",
+            "idempotency_key",
+            "owner_id",
+            unique=True,
+            sqlite_where=idempotency_key.is_not(None),
+            postgresql_where=idempotency_key.is_not(None),
+        ),
+        Index(
+            "ix_records_cache",
+            "cache_key",
+            "id",
+            sqlite_where=cache_key.is_not(None),
+            postgresql_where=cache_key.is_not(None),
+        ),
+        Index(
+            "ix_records_flight",
+            "flight_key",
+            unique=True,
+            sqlite_where=flight_key.is_not(None),
+            postgresql_where=flight_key.is_not(None),
+        ),
+        Index(
+            "ix_records_source",
+            "source_id",
+            sqlite_where=source_id.is_not(None),
+            postgresql_where=source_id.is_not(None),
+        ),
         TABLE_OPTIONS,
     )
+
+    # What was said is the row's own text, or its source's; in a query it is the column.
+
+    @property
+    def text_of(self) -> "GenerationRecord":
+        return self if self.source_id is None or self.source is None else self.source
+
+    @hybrid_property
+    def prompt(self) -> str:
+        return self.text_of.own_prompt
+
+    @prompt.inplace.setter
+    def _set_prompt(self, text: str) -> None:
+        self.own_prompt = text
+
+    @prompt.inplace.expression
+    @classmethod
+    def _prompt_column(cls) -> ColumnElement[str]:
+        return cls.own_prompt.expression
+
+    @hybrid_property
+    def completion(self) -> str:
+        return self.text_of.own_completion
+
+    @completion.inplace.setter
+    def _set_completion(self, text: str) -> None:
+        self.own_completion = text
+
+    @completion.inplace.expression
+    @classmethod
+    def _completion_column(cls) -> ColumnElement[str]:
+        return cls.own_completion.expression
 
     @property
     def generated_text(self) -> str:
@@ -111,7 +217,17 @@ class GenerationRecord(Base):
 
     @property
     def cached(self) -> bool:
-        return False
+        return self.source_id is not None
+
+    # A record as the answer of `/analyze`.
+
+    @property
+    def result(self) -> str:
+        return self.completion
+
+    @property
+    def tokens_used(self) -> int:
+        return self.total_tokens
 
     # A record as a message of its conversation.
 
@@ -161,6 +277,66 @@ class Conversation(Base):
     )
 
 
+class UsageKind(StrEnum):
+    MODEL_HOUR = "hour"
+    MODEL_DAY = "day"
+    USER_DAY = "user"
+    LOCK = "lock"  # no sum: whoever adds to the sums holds this row
+
+
+class Counts:
+    """What is counted of requests that have ended."""
+
+    requests: Mapped[int] = mapped_column(BigInteger)
+    failures: Mapped[int] = mapped_column(BigInteger)  # failed or incomplete
+    cancelled: Mapped[int] = mapped_column(BigInteger)
+    cached: Mapped[int] = mapped_column(BigInteger)
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)
+
+
+class UsageDelta(Counts, Base):
+    """One request that ended and is not in the sums yet."""
+
+    __tablename__ = "usage_deltas"
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    owner_id: Mapped[str] = mapped_column(String(64))
+    user_id: Mapped[str | None] = mapped_column(String(200))
+    model_name: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    duration_ms: Mapped[int | None] = mapped_column(Integer)
+
+    __table_args__ = (TABLE_OPTIONS,)
+
+
+class Usage(Counts, Base):
+    """The requests of one hour or day, by the name of a model or of a user, added up."""
+
+    __tablename__ = "usage_sums"
+
+    owner_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    kind: Mapped[UsageKind] = mapped_column(String(10), primary_key=True)
+    hour: Mapped[int] = mapped_column(Integer, primary_key=True)  # its first one, since 1970
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    latencies: Mapped[bytes] = mapped_column(Bytes)
+
+    __table_args__ = (TABLE_OPTIONS | {"sqlite_autoincrement": False, "sqlite_with_rowid": False},)
+
+
+class RecordBlock(Base):
+    """When the records of some thousand neighbouring ids were created; it may say more than that.
+
+    Ids follow the clock nearly always: this finds a time's ids, without an index of every record.
+    """
+
+    __tablename__ = "record_blocks"
+
+    block: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    earliest: Mapped[datetime] = mapped_column(UtcDateTime)
+    latest: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class Lease(Base):
     """A running process's claim on the rows that carry its id; ``beat`` moves while it lives."""
 
@@ -174,11 +350,24 @@ class Lease(Base):
     __table_args__ = (TABLE_OPTIONS,)
 
 
+class Secret(Base):
+    """What this database alone knows, such as the key of the cache's hashes."""
+
+    __tablename__ = "secrets"
+
+    name: Mapped[str] = mapped_column(String(50), primary_key=True)
+    value: Mapped[str] = mapped_column(String(64))
+
+
 def refuse_unstorable(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("nul_character", "Text must not contain NUL characters")
-    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell them, UTF-8 cannot
-        raise PydanticCustomError("lone_surrogate", "Text must not contain half a character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell lone surrogates, UTF-8 cannot
+        raise PydanticCustomError(
+            "lone_surrogate", "Text must not contain half a character"
+        ) from None
     return text
 
 
@@ -208,10 +397,31 @@ class SamplingOptions(BaseModel):
     stop: Annotated[
         list[Annotated[CleanText, Field(min_length=1, max_length=100)]], Field(max_length=4)
     ] = Field(default_factory=list, description="The text ends before the first of these.")
+    use_cache: bool = Field(
+        False,
+        strict=True,
+        description="Answer from the store what the same user asked in the same way lately.",
+    )
 
 
 class GenerateRequest(SamplingOptions):
     prompt: Annotated[CleanText, Field(min_length=1, max_length=500)]
+
+
+class AnalyzeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    text: Annotated[CleanText, Field(min_length=1, max_length=100_000)]
+    use_cache: bool = Field(True, strict=True)
+
+
+class Analysis(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    result: str
+    tokens_used: int = Field(description="Of the text and of its continuation.")
+    cached: bool
 
 
 class OnDisconnect(BaseModel):
@@ -242,6 +452,23 @@ class Record(BaseModel):
     cached: bool
     seed: int
     duration_ms: int | None
+    pinned: bool = Field(description="A pinned record is kept however old it is.")
+    text_removed_at: datetime | None = Field(
+        description="When its text had been kept long enough and went; the numbers stay."
+    )
+
+
+SEARCH_HELP = (
+    'Words, in any script, whatever their case and accents; `"an exact phrase"`; the'
+    " beginning of a `word*`; `-without` a word or a phrase."
+)
+SNIPPET_HELP = (
+    "With `q`, the text around the first match, as HTML: escaped, with matches inside `<mark>`."
+)
+
+
+class HistoryItem(Record):
+    snippet: str | None = Field(None, description=SNIPPET_HELP)
 
 
 def as_utc(moment: datetime) -> datetime:
@@ -263,6 +490,17 @@ class Page(BaseModel):
     )
 
 
+def refuse_nonsense(search: str) -> str:
+    try:
+        parse_search(search)
+    except NonsenseError as error:
+        raise PydanticCustomError("nonsense_search", "{reason}", {"reason": str(error)}) from None
+    return search
+
+
+Search = Annotated[CleanText, Field(max_length=500), AfterValidator(refuse_nonsense)]
+
+
 class HistoryQuery(Page):
     model_config = ConfigDict(protected_namespaces=())
 
@@ -271,10 +509,59 @@ class HistoryQuery(Page):
     model_name: Annotated[CleanText, Field(max_length=200)] | None = None
     created_after: Moment | None = Field(None, description="Without an offset it is UTC.")
     created_before: Moment | None = Field(None, description="Without an offset it is UTC.")
+    q: Search | None = Field(None, description=SEARCH_HELP)
+    order: Literal["newest", "rank"] = Field(
+        "newest", description="With `q`: `rank` puts the best of the newest 1,000 matches first."
+    )
+
+    @model_validator(mode="after")
+    def refuse_rank_of_nothing(self) -> Self:
+        if self.order == "rank" and self.q is None:
+            raise PydanticCustomError("rank_of_nothing", "order=rank needs a search: q")
+        return self
 
 
 Title = Annotated[CleanText, Field(min_length=1, max_length=200)]
 MessageText = Annotated[CleanText, Field(max_length=100_000)]
+
+
+class StatisticsQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    created_after: Moment | None = Field(
+        None, description="The range is widened to whole buckets; unset: 30 days before its end."
+    )
+    created_before: Moment | None = Field(None, description="Now when left out.")
+    bucket: Literal["hour", "day", "all"] = "day"
+    by: Literal["model", "user"] | None = None
+    limit: int = Field(100, ge=1, le=1000, description="By user: the busiest so many.")
+
+
+class Latencies(BaseModel):
+    """By the nearest rank, in milliseconds: exact, not estimated."""
+
+    p50: int
+    p90: int
+    p95: int
+    p99: int
+    max: int
+
+
+class Statistics(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+    starts_at: datetime
+    ends_at: datetime
+    model_name: str | None = Field(description="By model.")
+    user_id: str | None = Field(description="By user; null for requests without one.")
+    requests: int = Field(description="Requests made in this time that have ended.")
+    failures: int = Field(description="Of those, `failed` or `incomplete`.")
+    cancelled: int
+    cached: int = Field(description="Answered from the store.")
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    duration_ms: Latencies | None
 
 
 class ConversationCreate(BaseModel):
@@ -304,8 +591,16 @@ class ConversationOut(BaseModel):
     updated_at: datetime
 
 
+class ConversationItem(ConversationOut):
+    snippet: str | None = Field(None, description=SNIPPET_HELP)
+
+
 class ConversationQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    q: Search | None = Field(
+        None, description=f"Found in the title, or in one message. {SEARCH_HELP}"
+    )
 
     skip: int = Field(0, ge=0, le=2**31 - 1)
     take: int = Field(100, ge=1, le=100)
@@ -355,6 +650,7 @@ class Message(BaseModel):
     total_tokens: int
     is_success: bool
     status_code: int
+    text_removed_at: datetime | None
     created_at: datetime
     updated_at: datetime
 

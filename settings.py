@@ -31,6 +31,20 @@ class Settings(BaseSettings):
     forbidden_words: Annotated[tuple[str, ...], NoDecode] = Field(
         ("hate", "violence"), description="words, commas between: prompts with them are refused"
     )
+    cache_ttl_seconds: float = Field(
+        86_400.0,
+        ge=0,
+        le=31_536_000,
+        description="seconds, up to a year: how old an answer from the store may be; 0: none",
+    )
+    redis_url: str | None = Field(
+        None,
+        description="a Redis that all processes share, as in redis://host:6379/0",
+        pattern=r"^(rediss?|unix)://",
+    )
+    idempotency_hours: float = Field(
+        24.0, ge=24, le=8_784, description="hours, 24 to 8784: how long an Idempotency-Key is kept"
+    )
     max_waiting: int = Field(
         256,
         ge=1,
@@ -60,6 +74,21 @@ class Settings(BaseSettings):
     )
     database_timeout_seconds: float = Field(
         5.0, gt=0, le=600, description="seconds, up to 600: longest wait for the database"
+    )
+    database_pool_size: int | None = Field(
+        None,
+        ge=2,
+        le=1000,
+        description="2 to 1000: connections a process keeps; unset: 32 on SQLite, 16 on a server",
+    )
+    database_unsafe_commits: bool = Field(
+        False, description="true or false: run on a server that may lose what it acknowledged"
+    )
+    retention_days: int | None = Field(
+        None, ge=1, le=36_500, description="days, 1 to 36500: how long records are kept"
+    )
+    retention_body_days: int | None = Field(
+        None, ge=1, le=36_500, description="days, 1 to 36500: how long records keep their texts"
     )
     log_format: Literal["console", "json"] = Field(
         "console", description="console (a readable line) or json (one JSON object a line)"

@@ -6,13 +6,23 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from api.dependencies import DbSession, Generation, Owner, ReplyService
+from api.dependencies import (
+    DbSession,
+    Generation,
+    OnceKey,
+    Owner,
+    ReplyService,
+    StreamService,
+    tell_replayed,
+)
 from api.errors import responses
 from api.history import link_next_page
+from api.shapes import shaped
 from api.streams import sent
 from models import (
     Conversation,
     ConversationCreate,
+    ConversationItem,
     ConversationOut,
     ConversationQuery,
     ConversationUpdate,
@@ -25,7 +35,8 @@ from models import (
     MessageUpdate,
     TextStreamQuery,
 )
-from services import conversations, streams
+from services import conversations, search
+from services.generation import Answer
 from services.live import Live
 
 router = APIRouter(tags=["conversations"])
@@ -34,28 +45,24 @@ ConversationId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 MessageId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 
 
-def find_conversation(
-    conversation_id: ConversationId, session: DbSession, owner: Owner
-) -> Conversation:
-    return conversations.get(session, owner, conversation_id)
-
-
-Found = Annotated[Conversation, Depends(find_conversation)]
-
-
-@router.get("/conversations", response_model=list[ConversationOut], responses=responses(503))
+@router.get("/conversations", response_model=list[ConversationItem], responses=responses(400, 503))
 def list_conversations(
     request: Request,
     response: Response,
     session: DbSession,
     owner: Owner,
     query: Annotated[ConversationQuery, Query()],
-) -> list[Conversation]:
-    """Newest first, by `skip` and `take`, or from page to page by the `Link` header."""
+) -> list[ConversationItem]:
+    """Newest first, by `skip` and `take`, or from page to page by the `Link` header; with `q`,
+    those that hold its words in the title or in a message."""
     found, more = conversations.page(session, owner, query)
     if more:
         link_next_page(request, response, found[-1].id)
-    return found
+    items = [ConversationItem.model_validate(conversation) for conversation in found]
+    if query.q is not None:
+        for item, conversation in zip(items, found, strict=True):
+            item.snippet = search.conversation_snippet(session, owner, conversation, query.q)
+    return items
 
 
 @router.post(
@@ -76,8 +83,8 @@ def create_conversation(
     response_model=ConversationOut,
     responses=responses(404, 503),
 )
-def get_conversation(conversation: Found) -> Conversation:
-    return conversation
+def get_conversation(conversation_id: ConversationId, session: DbSession, owner: Owner) -> Response:
+    return shaped(ConversationOut, conversations.read(session, owner, conversation_id))
 
 
 @router.put(
@@ -128,24 +135,32 @@ def list_messages(
 def create_message(
     conversation_id: ConversationId,
     request: MessageCreate,
+    response: Response,
     session: DbSession,
     owner: Owner,
     replies: ReplyService,
+    key: OnceKey,
 ) -> GenerationRecord:
     """Say something and get a reply that knows the whole thread; or store an exchange as it is."""
-    return replies.reply(session, owner, conversation_id, request)
+    answer = replies.reply(session, owner, conversation_id, request, key)
+    tell_replayed(response, answer)
+    return answer.record
 
 
 def begin_reply(
     conversation_id: ConversationId,
     request: MessageStreamRequest,
+    response: Response,
     session: DbSession,
     owner: Owner,
     replies: ReplyService,
-) -> Live:
+    key: OnceKey,
+) -> Live | Answer:
     """Accept the message, or answer with an error, before the first byte of a stream."""
     alone = request.on_disconnect == "finish"
-    return replies.stream(session, owner, conversation_id, request, alone)
+    begun = replies.stream(session, owner, conversation_id, request, alone, key)
+    tell_replayed(response, begun)
+    return begun
 
 
 @router.post(
@@ -154,10 +169,10 @@ def begin_reply(
     responses=responses(400, 404, 409, 413, 500, 503, 504),
 )
 async def stream_message(
-    live: Annotated[Live, Depends(begin_reply)],
+    begun: Annotated[Live | Answer, Depends(begin_reply)], service: StreamService
 ) -> AsyncIterator[ServerSentEvent]:
     """The reply as it is written; `done` holds the record."""
-    async for event in sent(streams.follow(live)):
+    async for event in sent(service.play(begun)):
         yield event
 
 
@@ -190,7 +205,7 @@ def begin_text(
     owner: Owner,
     service: Generation,
     replies: ReplyService,
-) -> Live:
+) -> Live | Answer:
     alone = query.on_disconnect == "finish"
     if query.conversation_id is None:
         return service.stream(session, owner, GenerateRequest(prompt=query.prompt), alone)
@@ -203,7 +218,9 @@ def begin_text(
     response_class=EventSourceResponse,
     responses=responses(400, 404, 409, 500, 503, 504),
 )
-async def stream_text(live: Annotated[Live, Depends(begin_text)]) -> AsyncIterator[ServerSentEvent]:
+async def stream_text(
+    begun: Annotated[Live | Answer, Depends(begin_text)], service: StreamService
+) -> AsyncIterator[ServerSentEvent]:
     """A prompt continued, or answered in a conversation, for a browser's `EventSource`."""
-    async for event in sent(streams.follow(live)):
+    async for event in sent(service.play(begun)):
         yield event

@@ -2,13 +2,16 @@
 
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request, Response
 from sqlalchemy.orm import Session
 
 from database import get_db
+from errors import InvalidRequestError
 from models import LOCAL_OWNER
-from services.conversations import Replies
-from services.generation import GenerationService
+from services.generation import Answer, GenerationService
+from services.idempotency import Key
+from services.live import Live
+from services.replies import Replies
 from services.streams import Streams
 
 # With "function" the session is closed before the answer is sent, not after.
@@ -38,6 +41,31 @@ async def get_replies(request: Request) -> Replies:
     return replies
 
 
+async def get_key(
+    request: Request,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            max_length=255,
+            description="Any text of your own that names this request. Asked again with it, the"
+            " service does not do it again but answers what it answered.",
+        ),
+    ] = None,
+) -> Key | None:
+    if idempotency_key is None:
+        return None
+    if not idempotency_key.isascii() or not idempotency_key.isprintable() or not idempotency_key:
+        raise InvalidRequestError("Idempotency-Key takes 1 to 255 printable ASCII characters.")
+    return Key(idempotency_key, request.url.path)
+
+
+def tell_replayed(response: Response, begun: Live | Answer) -> None:
+    """Say in the headers that this was answered before."""
+    if isinstance(begun, Answer) and begun.replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+
+
+OnceKey = Annotated[Key | None, Depends(get_key)]
 ReplyService = Annotated[Replies, Depends(get_replies)]
 StreamService = Annotated[Streams, Depends(get_streams)]
 Generation = Annotated[GenerationService, Depends(get_generation_service)]

@@ -5,29 +5,45 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from api.dependencies import DbSession, Generation, Owner
+from api.dependencies import DbSession, Generation, OnceKey, Owner, tell_replayed
 from api.errors import responses
-from models import GenerationRecord, HistoryQuery, Page, Record, UserId
-from services import history, replay
+from models import (
+    Analysis,
+    AnalyzeRequest,
+    GenerationRecord,
+    HistoryItem,
+    HistoryQuery,
+    Page,
+    Record,
+    Statistics,
+    StatisticsQuery,
+    UserId,
+)
+from services import erasure, history, replay, search, statistics
 
 router = APIRouter(tags=["history"])
 
 RecordId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 
 
-@router.get("/history", response_model=list[Record], responses=responses(400, 503))
+@router.get("/history", response_model=list[HistoryItem], responses=responses(400, 503))
 def list_history(
     request: Request,
     response: Response,
     session: DbSession,
     owner: Owner,
     query: Annotated[HistoryQuery, Query()],
-) -> list[GenerationRecord]:
-    """Records, newest first. A `Link` header leads to the next page while there is one."""
+) -> list[HistoryItem]:
+    """Records, newest first; with `q`, those that hold its words. A `Link` header leads to the
+    next page while there is one."""
     found, more = history.page(session, owner, query)
     if more:
         link_next_page(request, response, found[-1].id)
-    return found
+    items = [HistoryItem.model_validate(record) for record in found]
+    if query.q is not None:
+        for item, record in zip(items, found, strict=True):
+            item.snippet = search.record_snippet(record, query.q)
+    return items
 
 
 @router.get("/users/{user_id}/history", response_model=list[Record], responses=responses(400, 503))
@@ -47,10 +63,66 @@ def list_user_history(
     return found
 
 
+@router.post(
+    "/analyze/{user_id}",
+    response_model=Analysis,
+    responses=responses(400, 409, 413, 500, 503, 504),
+)
+def analyze(
+    user_id: UserId,
+    request: AnalyzeRequest,
+    response: Response,
+    session: DbSession,
+    owner: Owner,
+    service: Generation,
+    key: OnceKey,
+) -> GenerationRecord:
+    """Continue a user's text; the same text is answered from the store for a while."""
+    answer = service.analyze(session, owner, user_id, request, key)
+    tell_replayed(response, answer)
+    return answer.record
+
+
+@router.get("/stats", responses=responses(503))
+def get_statistics(
+    session: DbSession, owner: Owner, query: Annotated[StatisticsQuery, Query()]
+) -> list[Statistics]:
+    """Requests, tokens, failures and latencies, by the hour, by the day or in all; newest first,
+    then the busiest. Deleting a record changes nothing here: it did happen."""
+    return statistics.statistics(session, owner, query)
+
+
 @router.delete("/history/{record_id}", status_code=204, responses=responses(404, 503))
 def delete_record(record_id: RecordId, session: DbSession, owner: Owner) -> None:
     """Delete one record for good."""
     history.delete(session, owner, record_id)
+
+
+@router.delete("/users/{user_id}", responses=responses(503))
+def erase_user(user_id: UserId, owner: Owner, service: Generation) -> erasure.Erased:
+    """Delete every record of a user, pinned or running ones too, and the conversations that were
+    theirs alone. `cleared`: nothing of it is left in a SQLite file, its log or its index.
+    """
+    return erasure.erase(
+        service.database,
+        owner,
+        user_id,
+        service.live.all(),
+        service.cache.forget,
+        erasure.QUICK_BYTES,
+    )
+
+
+@router.post("/history/{record_id}/pin", response_model=Record, responses=responses(404, 503))
+def pin_record(record_id: RecordId, session: DbSession, owner: Owner) -> GenerationRecord:
+    """Keep a record, and its text, however old it is."""
+    return history.pin(session, owner, record_id, True)
+
+
+@router.delete("/history/{record_id}/pin", status_code=204, responses=responses(404, 503))
+def unpin_record(record_id: RecordId, session: DbSession, owner: Owner) -> None:
+    """Let it go when its time has come."""
+    history.pin(session, owner, record_id, False)
 
 
 @router.post("/history/{record_id}/replay", responses=responses(404, 409, 503))

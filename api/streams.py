@@ -8,18 +8,26 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, WebSocket
+from fastapi import APIRouter, Depends, Header, Response, WebSocket
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocketDisconnect
 
-from api.dependencies import DbSession, Generation, Owner, StreamService
+from api.dependencies import (
+    DbSession,
+    Generation,
+    OnceKey,
+    Owner,
+    StreamService,
+    tell_replayed,
+)
 from api.errors import error_body, responses, validation_body
 from api.history import RecordId
 from errors import InvalidRequestError, ServiceError
 from models import LOCAL_OWNER, GenerationRecord, Record, StreamRequest
-from services import history, streams
+from services import history
+from services.generation import Answer, GenerationService
 from services.live import Live
 from services.streams import END_ID, Done, Event, Failed, Piece, Start
 
@@ -27,10 +35,17 @@ router = APIRouter(tags=["streams"])
 
 
 def begin_stream(
-    request: StreamRequest, session: DbSession, owner: Owner, service: Generation
-) -> Live:
+    request: StreamRequest,
+    response: Response,
+    session: DbSession,
+    owner: Owner,
+    service: Generation,
+    key: OnceKey,
+) -> Live | Answer:
     """Accept the prompt, or answer with an error, before the first byte of a stream."""
-    return service.stream(session, owner, request, request.on_disconnect == "finish")
+    begun = service.stream(session, owner, request, request.on_disconnect == "finish", key)
+    tell_replayed(response, begun)
+    return begun
 
 
 def find_record(record_id: RecordId, owner: Owner, service: StreamService) -> GenerationRecord:
@@ -53,13 +68,13 @@ def last_offset(
 @router.post(
     "/generate/stream",
     response_class=EventSourceResponse,
-    responses=responses(400, 413, 500, 503, 504),
+    responses=responses(400, 409, 413, 500, 503, 504),
 )
 async def generate_stream(
-    live: Annotated[Live, Depends(begin_stream)],
+    begun: Annotated[Live | Answer, Depends(begin_stream)], service: StreamService
 ) -> AsyncIterator[ServerSentEvent]:
     """Continue a prompt, piece by piece. The record is stored before `done` is sent."""
-    async for event in sent(streams.follow(live)):
+    async for event in sent(service.play(begun)):
         yield event
 
 
@@ -104,23 +119,24 @@ async def generate_socket(socket: WebSocket) -> None:
 async def answer(socket: WebSocket, message: str) -> None:
     try:
         request = StreamRequest.model_validate_json(message)
-        live = await run_in_threadpool(begin_alone, socket, request)
+        begun = await run_in_threadpool(begin_alone, socket, request)
     except ValidationError as error:
         await socket.send_json({"event": "error", "data": validation_body(error.errors())})
         return
     except ServiceError as error:
         await socket.send_json({"event": "error", "data": error_body(error)})
         return
-    async with aclosing(streams.follow(live)) as events:
+    async with aclosing(socket.app.state.streams.play(begun)) as events:
         async for event in events:
             name, data = shape(event)
             await socket.send_json({"event": name, "id": event.id, "data": data})
 
 
-def begin_alone(socket: WebSocket, request: StreamRequest) -> Live:
+def begin_alone(socket: WebSocket, request: StreamRequest) -> Live | Answer:
     state = socket.app.state
+    service: GenerationService = state.generation
     with state.database.sessions() as session:
-        return begin_stream(request, session, LOCAL_OWNER, state.generation)
+        return service.stream(session, LOCAL_OWNER, request, request.on_disconnect == "finish")
 
 
 async def sent(events: AsyncGenerator[Event]) -> AsyncIterator[ServerSentEvent]:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -138,6 +139,37 @@ def measure(server: Server, model: Path, prompt_tokens: int, clients: int, pid: 
     seconds, cpu = time.perf_counter() - began, cpu_seconds(pid) - cpu
     tokens = len(took) * NEW_TOKENS
     return Result(tokens / seconds, statistics.median(took), 1000 * cpu / tokens, peak_mib(pid))
+
+
+def latencies(
+    server: Server, model: Path, prompt_tokens: int, clients: int
+) -> tuple[float, tuple[float, float]]:
+    """Milliseconds to the first piece of a stream, the median; and from piece to piece, the median
+    and the 99th percentile. Every client reads one stream, all at the same time."""
+    request = body(server, model, prompt_tokens)
+    streams = asyncio.run(read_streams(server.path + "/stream", request, clients))
+    first = statistics.median(times[1] - times[0] for times in streams)
+    gaps = sorted(b - a for times in streams for a, b in pairwise(times[1:]))
+    return 1e3 * first, (1e3 * gaps[len(gaps) // 2], 1e3 * gaps[len(gaps) * 99 // 100])
+
+
+async def read_streams(path: str, request: dict[str, object], clients: int) -> list[list[float]]:
+    """For each stream, when it was asked for and when its pieces came."""
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{PORT}", timeout=600, limits=limits
+    ) as client:
+
+        async def read() -> list[float]:
+            times = [time.perf_counter()]
+            async with client.stream("POST", path, json=request) as answer:
+                answer.raise_for_status()
+                async for line in answer.aiter_lines():
+                    if line == "event: token":
+                        times.append(time.perf_counter())
+            return times
+
+        return await asyncio.gather(*(read() for _ in range(clients)))
 
 
 def cpu_seconds(pid: int) -> float:

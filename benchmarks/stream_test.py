@@ -13,22 +13,30 @@ here, on the bundled model and a database of its own; nothing else is touched.
 import argparse
 import asyncio
 import contextlib
+import itertools
+import multiprocessing
 import random
 import sqlite3
+import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tests.service import Server
+from tests.service import Server, serving
 from tests.sse import event_of
 
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+    from multiprocessing.synchronize import Event
+
 CLIENTS = 16
+GAP_ROUNDS = 3
 PROMPT = "Once upon a time there was"
 TERMINAL = {"completed", "incomplete", "failed", "cancelled"}
 
@@ -42,6 +50,10 @@ class Seen:
     history: list[tuple[float, int]] = field(default_factory=list)
     end: str | None = None
     done: dict[str, Any] | None = None
+
+    def worst_gap(self) -> float:
+        """The longest time between two pieces, in seconds."""
+        return max((b - a for (a, _), (b, _) in itertools.pairwise(self.history)), default=0.0)
 
     def length_at(self, moment: float) -> int:
         return max((length for when, length in self.history if when <= moment), default=0)
@@ -132,7 +144,8 @@ def kills(folder: Path, count: int, rng: random.Random) -> Counter[str]:
     try:
         for number in range(count):
             found, killed = asyncio.run(stream_until_killed(server, rng))
-            server = Server(environment, folder / "log").wait_until_ready()
+            server = Server(environment, folder / "log")
+            server.wait_until_ready()
             total += judge_kill(server, found, killed)
             print(f"kill {number + 1}: {dict(total)}", flush=True)
     finally:
@@ -140,32 +153,59 @@ def kills(folder: Path, count: int, rng: random.Random) -> Counter[str]:
     return total
 
 
-async def hang_up(server: Server, count: int, rng: random.Random) -> list[Seen]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-        streams = [follow(client, rng, leave_after=rng.randrange(60)) for _ in range(count)]
-        return list(await asyncio.gather(*streams))
+async def hang_up(
+    server: Server, count: int, rng: random.Random, leaving: bool
+) -> tuple[list[Seen], float]:
+    """Clients that leave or stay, beside others that stay; and the others' worst gap."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        gaps = [0.0]
+
+        async def stay() -> None:
+            while True:
+                gaps.append((await follow(client, rng)).worst_gap())
+
+        others = [asyncio.create_task(stay()) for _ in range(CLIENTS)]
+        await asyncio.sleep(1.0)
+        after = [rng.randrange(60) if leaving else None for _ in range(count)]
+        found = await asyncio.gather(*(follow(client, rng, leave_after=n) for n in after))
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+    return found, max(gaps)
 
 
 def hangups(folder: Path, count: int, rng: random.Random) -> Counter[str]:
     total: Counter[str] = Counter()
     environment = {"DATABASE_URL": f"sqlite:///{folder / 'records.db'}", "LOG_LEVEL": "WARNING"}
-    server = Server(environment, folder / "log").wait_until_ready()
-    try:
-        found = asyncio.run(hang_up(server, count, rng))
-        time.sleep(2.0)
-        with httpx.Client(base_url=server.url, timeout=30) as client:
-            for seen in found:
-                row = client.get(f"/history/{seen.record_id}").json()
-                total[f"{row['status']}/{row['finish_reason']}"] += 1
-                if row["status"] not in TERMINAL:
-                    total["P2 not terminal"] += 1
-                if not row["generated_text"].startswith(PROMPT + seen.text):
-                    total["P4 seen, not stored"] += 1
-            ready = client.get("/health/ready").json()
-        total["P2 still in the engine"] += ready["running"] + ready["waiting"]
-    finally:
-        server.kill()
+    gaps: dict[bool, list[float]] = {False: [], True: []}
+    with serving(folder / "log", **environment) as server:
+        asyncio.run(hang_up(server, count, rng, False))  # the first steps of a process are slow
+        for leaving in (False, True) * GAP_ROUNDS:
+            found, gap = asyncio.run(hang_up(server, count, rng, leaving))
+            gaps[leaving].append(gap)
+            time.sleep(2.0)
+            if leaving:
+                total += judge_hangups(server, found)
+    quiet, disturbed = (statistics.median(gaps[leaving]) * 1000 for leaving in (False, True))
+    print(f"worst gap, staying {quiet:.0f} ms, hanging up {disturbed:.0f} ms: {gaps}")
+    total["P gap grows by more than a fifth"] = disturbed > quiet * 1.2
     return total
+
+
+def judge_hangups(server: Server, found: list[Seen]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        for seen in found:
+            row = client.get(f"/history/{seen.record_id}").json()
+            counts[f"{row['status']}/{row['finish_reason']}"] += 1
+            if row["status"] not in TERMINAL:
+                counts["P2 not terminal"] += 1
+            if not row["generated_text"].startswith(PROMPT + seen.text):
+                counts["P4 seen, not stored"] += 1
+        ready = client.get("/health/ready").json()
+    counts["P2 still in the engine"] += ready["running"] + ready["waiting"]
+    return counts
 
 
 async def stream_until_stopped(server: Server, rng: random.Random) -> float:
@@ -215,12 +255,18 @@ def stops(folder: Path, count: int, rng: random.Random) -> Counter[str]:
     return total
 
 
+def count_rows(file: Path) -> int:
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        return int(connection.execute("SELECT count(*) FROM generation_records").fetchone()[0])
+
+
 async def stream_under_lock(server: Server, file: Path, seconds: float) -> list[Seen]:
     rng = random.Random(0)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
         streams = [asyncio.create_task(follow(client, rng)) for _ in range(CLIENTS)]
-        await asyncio.sleep(0.2)
+        while count_rows(file) < CLIENTS:
+            await asyncio.sleep(0.01)
         with contextlib.closing(sqlite3.connect(file)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             await asyncio.sleep(seconds)
@@ -248,35 +294,44 @@ def locked(folder: Path, seconds: int, _: random.Random) -> Counter[str]:
     return total
 
 
-async def open_many(server: Server, count: int, rng: random.Random) -> tuple[list[Seen], float]:
-    slowest = 0.0
-    limits = httpx.Limits(max_connections=None)
-    async with (
-        httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client,
-        httpx.AsyncClient(base_url=server.url, timeout=30) as prober,
-    ):
-        streams = [asyncio.create_task(follow(client, rng)) for _ in range(count)]
-        while not all(stream.done() for stream in streams):
+def probe(url: str, results: "Queue[list[float]]", stopping: "Event") -> None:
+    """How long `/health/live` takes, asked from a process that does nothing else."""
+    seconds = []
+    with httpx.Client(base_url=url, timeout=30) as client:
+        while not stopping.is_set():
             began = time.perf_counter()
-            (await prober.get("/health/live")).raise_for_status()
-            slowest = max(slowest, time.perf_counter() - began)
-            await asyncio.sleep(0.2)
-        return [stream.result() for stream in streams], slowest
+            client.get("/health/live").raise_for_status()
+            seconds.append(time.perf_counter() - began)
+            time.sleep(0.05)
+    results.put(seconds)
+
+
+async def open_many(server: Server, count: int, rng: random.Random) -> list[Seen]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
+        return list(await asyncio.gather(*(follow(client, rng) for _ in range(count))))
 
 
 def many(folder: Path, count: int, rng: random.Random) -> Counter[str]:
     total: Counter[str] = Counter()
     environment = {"DATABASE_URL": f"sqlite:///{folder / 'records.db'}", "LOG_LEVEL": "WARNING"}
-    server = Server(environment, folder / "log").wait_until_ready()
-    try:
-        found, slowest = asyncio.run(open_many(server, count, rng))
-        print(f"slowest answer of /health/live meanwhile: {slowest * 1000:.0f} ms")
-        for seen in found:
-            total["done" if seen.done is not None else f"P6 not completed: {seen.end}"] += 1
-            if seen.done is not None and seen.done["generated_text"] != PROMPT + seen.text:
-                total["P1 answered, not stored so"] += 1
-    finally:
-        server.kill()
+    processes = multiprocessing.get_context("spawn")
+    results, stopping = processes.Queue(), processes.Event()
+    with serving(folder / "log", **environment) as server:
+        prober = processes.Process(target=probe, args=(server.url, results, stopping))
+        prober.start()
+        found = asyncio.run(open_many(server, count, rng))
+        stopping.set()
+        seconds = sorted(results.get())
+        prober.join()
+    middle, slowest = statistics.median(seconds), seconds[-1]
+    print(f"/health/live: {len(seconds)} times, median {middle * 1000:.0f} ms,", end=" ")
+    print(f"slowest {slowest * 1000:.0f} ms")
+    total["P6 alive, but after more than 100 ms"] = sum(one > 0.1 for one in seconds)
+    for seen in found:
+        total["done" if seen.done is not None else f"P6 not completed: {seen.end}"] += 1
+        if seen.done is not None and seen.done["generated_text"] != PROMPT + seen.text:
+            total["P1 answered, not stored so"] += 1
     return total
 
 

@@ -19,7 +19,7 @@ from engine.kv_cache import Arena, KVCache, Shape
 from engine.linear import Linear, RowCounts, agreeing_counts, cancelling, candidate_counts
 from engine.prefix_store import PrefixStore
 from engine.scheduler import CHUNK, Chunk, Plan
-from engine.sequence import Sequence
+from engine.sequence import Sequence, Status
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,9 @@ class GPT2Runner:
         return CHUNK * len(found)
 
     def free(self, sequence: Sequence, *, tainted: bool = False) -> None:
-        self.stages.pop(sequence, None)
+        stage = self.stages.pop(sequence, None)
+        if stage is not None and sequence.status is Status.FINISHED:  # with its first token
+            self.prefixes.keep(sequence.prompt_ids, stage)
         self.reused.pop(sequence, None)
         self.cache.free(sequence, tainted=tainted)
 
@@ -157,18 +159,17 @@ class GPT2Runner:
             attended = self._attend(block, index, block.norm_1(x), layout)
             x = block.out.plus(attended, x)
             x = block.down.plus(block.up(block.norm_2(x)), x)
-        logits = self.head(self.final_norm(x[layout.wanted]))[: layout.sampled]
-        for piece in layout.prefill:
-            if piece.chunk.ends_prompt:
-                self._settle(piece)
-        return logits
+        return self.head(self.final_norm(x[layout.wanted]))[: layout.sampled]
 
-    def _settle(self, piece: PrefillPiece) -> None:
-        """A prompt is computed: its keys and values go where decoding reads them."""
-        sequence = piece.chunk.sequence
-        self.cache.insert(sequence, piece.stage[0], piece.stage[1])
-        self.prefixes.keep(sequence.prompt_ids, piece.stage)
+    def _settle(self, sequence: Sequence) -> None:
+        """A prompt's keys and values go where decoding reads them.
+
+        Not before it decodes: until then the step that ended the prompt may have to be run again.
+        """
+        stage = self.stages[sequence]
+        self.cache.insert(sequence, stage[0], stage[1])
         del self.stages[sequence]
+        self.prefixes.keep(sequence.prompt_ids, stage)
 
     def _attend(self, block: Block, layer: int, x: Tensor, layout: Layout) -> Tensor:
         """Store the new keys and values, then let each row look at its own sequence's."""
@@ -241,6 +242,8 @@ class GPT2Runner:
         row_of: dict[Sequence, int],
     ) -> list[DecodeGroup]:
         for sequence in sequences:
+            if sequence in self.stages:
+                self._settle(sequence)
             self.cache.reserve(sequence, len(sequence))
         places = sorted(
             (self.cache.arenas.index(arena), row, sequence)

@@ -28,10 +28,6 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def token_bytes(self) -> int:
-        return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
-
 
 class Arena:
     """Rows of ``length`` tokens each: ``keys`` and ``values`` are [layers, rows, heads, length,

@@ -70,10 +70,6 @@ class RowCounts:
     def pad(self, rows: int) -> int:
         return self.counts[bisect_left(self.counts, rows)]
 
-    @property
-    def largest(self) -> int:
-        return self.counts[-1]
-
 
 def candidate_counts(most: int) -> list[int]:
     """Every count to 16, then ever wider steps of an eighth or less; the last holds ``most``."""

@@ -222,13 +222,14 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(dtype: str, device: str) -> torch.dtype:
-    """``auto`` is bfloat16 where the hardware multiplies bfloat16 matrices natively."""
+    """``auto`` is bfloat16 where the hardware multiplies it natively: on processors, matrix units
+    (AMX) or AVX-512 dot products (docs/decisions/0014-bfloat16-by-itself.md)."""
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bfloat16" else torch.float32
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu._is_amx_tile_supported()
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 

@@ -16,7 +16,7 @@ def run(connection: Connection) -> None:
 
 def run_by_hand() -> None:
     settings = load_settings()
-    database = Database(settings.database_url, settings.database_timeout_seconds)
+    database = Database(settings.database_url)
     with database.migrating() as connection:
         run(connection)
     database.close()

@@ -1,28 +1,46 @@
 """Queries on ``conversations`` and on the records that are their messages."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Select, bindparam, select, union, update
 from sqlalchemy.orm import Session
 
 from models import Conversation, ConversationQuery, GenerationRecord, Page, Status
-from repositories.records import changed
+from repositories import search
+from repositories.records import changed, hand_over
+from words import MESSAGE_MARK, Term, mark, parse_search, record_marks, title_words
+
+SAME_MARK = 10  # messages whose conversations may share a mark
+
+ONE = select(Conversation).where(
+    Conversation.id == bindparam("conversation_id"), Conversation.owner_id == bindparam("owner_id")
+)
 
 
 def add(session: Session, owner_id: str, **values: Any) -> Conversation:
     conversation = Conversation(owner_id=owner_id, **values)
     session.add(conversation)
     session.flush()
+    search.put(session, search.TITLES, [title_row(conversation)])
     return conversation
 
 
+def title_row(conversation: Conversation) -> tuple[int, str]:
+    return conversation.id, title_words(conversation.title, conversation.owner_id)
+
+
+def index_title_again(session: Session, conversation_id: int) -> None:
+    """After a title has changed. The change must have been flushed."""
+    search.drop(session, search.TITLES, [conversation_id])
+    statement = select(Conversation.title, Conversation.owner_id)
+    row = session.execute(statement.where(Conversation.id == conversation_id)).one()
+    search.put(session, search.TITLES, [(conversation_id, title_words(*row))])
+
+
 def get(session: Session, owner_id: str, conversation_id: int) -> Conversation | None:
-    return session.scalar(
-        select(Conversation).where(
-            Conversation.id == conversation_id, Conversation.owner_id == owner_id
-        )
-    )
+    return session.scalar(ONE, {"conversation_id": conversation_id, "owner_id": owner_id})
 
 
 def page(
@@ -39,21 +57,47 @@ def page(
         statement = statement.where(Conversation.id < query.after)
     if query.skip:
         statement = statement.offset(query.skip)
+    if query.q is not None:
+        statement = statement.where(Conversation.id.in_(found_in(session, owner_id, query.q)))
     found = list(session.scalars(statement))
     return found[: query.take], len(found) > query.take
 
 
+def found_in(session: Session, owner_id: str, q: str) -> Select[tuple[int]]:
+    """The conversations that a search finds by their titles, or by one of their messages."""
+    terms, owner = parse_search(q), mark("o", owner_id)
+    titles = search.matching(session, search.TITLES, (terms, [owner]))
+    hits = search.matching(session, search.RECORDS, (terms, [owner, MESSAGE_MARK])).subquery()
+    messages = select(GenerationRecord.conversation_id).join(hits, GenerationRecord.id == hits.c[0])
+    # MariaDB finds nothing when it takes a full-text search for a question about each row.
+    found = union(titles, messages.where(GenerationRecord.owner_id == owner_id)).subquery()
+    return select(found.c[0])
+
+
+def newest_match(
+    session: Session, owner_id: str, conversation_id: int, terms: Sequence[Term]
+) -> GenerationRecord | None:
+    """The newest message with the words that a search asks for."""
+    marks = record_marks(owner_id, conversation_id=conversation_id)
+    for message_id in search.hits(session, search.RECORDS, (terms, marks), SAME_MARK):
+        found = session.get(GenerationRecord, message_id)
+        if found is not None and found.conversation_id == conversation_id:
+            return found
+    return None
+
+
 def change(session: Session, owner_id: str, conversation_id: int, **values: Any) -> bool:
-    return (
-        changed(
-            session,
-            update(Conversation)
-            .where(Conversation.id == conversation_id, Conversation.owner_id == owner_id)
-            .values(**values)
-            .execution_options(synchronize_session=False),
-        )
-        == 1
+    statement = (
+        update(Conversation)
+        .where(Conversation.id == conversation_id, Conversation.owner_id == owner_id)
+        .values(**values)
+        .execution_options(synchronize_session=False)
     )
+    if changed(session, statement) != 1:
+        return False
+    if "title" in values:
+        index_title_again(session, conversation_id)
+    return True
 
 
 def remove(session: Session, owner_id: str, conversation_id: int) -> bool:
@@ -61,9 +105,18 @@ def remove(session: Session, owner_id: str, conversation_id: int) -> bool:
     conversation = get(session, owner_id, conversation_id)
     if conversation is None:
         return False
+    hand_over(session, message_ids(session, conversation_id))
     session.delete(conversation)
     session.flush()
     return True
+
+
+def message_ids(session: Session, conversation_id: int) -> set[int]:
+    return set(
+        session.scalars(
+            select(GenerationRecord.id).where(GenerationRecord.conversation_id == conversation_id)
+        )
+    )
 
 
 def messages(
@@ -104,7 +157,15 @@ def latest(
 
 
 def is_at(session: Session, owner_id: str, conversation_id: int, last_id: int) -> bool:
-    """Whether a conversation's newest message is ``last_id`` (0: it has none) and has ended."""
+    """Whether a conversation's newest message is ``last_id`` (0: it has none) and has ended.
+
+    Holds the conversation's row, so that of two who ask at once one waits for the other's end.
+    """
+    session.execute(
+        select(Conversation.id)
+        .where(Conversation.id == conversation_id, Conversation.owner_id == owner_id)
+        .with_for_update()
+    )
     found = latest(session, owner_id, conversation_id, 1)
     if not found:
         return last_id == 0
@@ -122,13 +183,13 @@ def untitled(session: Session, count: int) -> list[Conversation]:
 
 def suggest_title(session: Session, conversation_id: int, title: str, now: datetime) -> bool:
     """Set a title that nobody has set meanwhile."""
-    return (
-        changed(
-            session,
-            update(Conversation)
-            .where(Conversation.id == conversation_id, Conversation.title_pending.is_(True))
-            .values(title=title, title_pending=None, updated_at=now)
-            .execution_options(synchronize_session=False),
-        )
-        == 1
+    statement = (
+        update(Conversation)
+        .where(Conversation.id == conversation_id, Conversation.title_pending.is_(True))
+        .values(title=title, title_pending=None, updated_at=now)
+        .execution_options(synchronize_session=False)
     )
+    if changed(session, statement) != 1:
+        return False
+    index_title_again(session, conversation_id)
+    return True

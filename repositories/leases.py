@@ -27,3 +27,8 @@ def others(session: Session, lease_id: int) -> list[Lease]:
 
 def remove(session: Session, lease_ids: Iterable[int]) -> None:
     session.execute(delete(Lease).where(Lease.id.in_(list(lease_ids))))
+
+
+def clear(session: Session) -> None:
+    """Take every lease away, of living processes too."""
+    session.execute(delete(Lease))

@@ -1,12 +1,44 @@
 """Queries on ``generation_records``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from datetime import datetime
+from functools import cache
+from inspect import signature
 from typing import Any
 
-from sqlalchemy import Select, bindparam, delete, select, update
+from sqlalchemy import JSON, RowMapping, Select, Update, bindparam, delete, select, text, update
 from sqlalchemy.orm import Session
+from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.strategy_options import lazyload
 
-from models import FinishReason, GenerationRecord, HistoryQuery, Status
+from models import TERMINAL, FinishReason, GenerationRecord, HistoryQuery, Status
+from repositories import blocks, search, usage
+from words import parse_search, record_marks, record_words
+
+WORDS_OF = tuple(signature(record_words).parameters)  # the columns
+MOST_HITS = 1000  # of a search, looked at together
+
+COPIED = (
+    "finish_reason",
+    "model_name",
+    "model_fingerprint",
+    "dtype",
+    "parameters",
+    "seed",
+    "prompt_tokens",
+    "completion_tokens",
+)
+CLOSED = {"lease_id": None, "flight_key": None, "cancel_requested": None}
+
+# Built once: most of a read's time would go into building it.
+ONE = (
+    select(GenerationRecord)
+    .where(
+        GenerationRecord.id == bindparam("record_id"),
+        GenerationRecord.owner_id == bindparam("owner_id"),
+    )
+    .options(lazyload(GenerationRecord.source))
+)
 
 
 def add(session: Session, owner_id: str, **values: Any) -> GenerationRecord:
@@ -14,22 +46,85 @@ def add(session: Session, owner_id: str, **values: Any) -> GenerationRecord:
     record = GenerationRecord(owner_id=owner_id, **({"status": Status.IN_PROGRESS} | values))
     session.add(record)
     session.flush()
+    blocks.note(session, [(record.id, record.created_at)])
+    if record.status in TERMINAL:
+        keep_account(session, [record.id])
+    return record
+
+
+def add_cached(
+    session: Session, owner_id: str, source: GenerationRecord, **values: Any
+) -> GenerationRecord:
+    """Insert a complete answer that shows the text of another record and holds none."""
+    copied = {name: getattr(source, name) for name in COPIED}
+    record = add(
+        session,
+        owner_id,
+        status=Status.COMPLETED,
+        source_id=source.id,
+        own_prompt="",
+        own_completion="",
+        **copied,
+        **values,
+    )
+    set_committed_value(record, "source", source)
     return record
 
 
 def finish(session: Session, owner_id: str, record_id: int, **values: Any) -> bool:
     """Write a record's end, once: False when it is no longer in progress."""
-    statement = (
+    given: dict[str, Any] = {"record": record_id, "owner": owner_id}
+    given |= {f"new_{name}": value for name, value in values.items()}
+    if session.connection().execute(ending_with(*values), given).rowcount != 1:
+        return False
+    keep_account(session, [record_id])
+    return True
+
+
+@cache
+def ending_with(*names: str) -> Update:
+    """Built once: building it for each record takes ten times as long as running it."""
+    return (
         update(GenerationRecord)
         .where(
-            GenerationRecord.id == record_id,
-            GenerationRecord.owner_id == owner_id,
+            GenerationRecord.id == bindparam("record"),
+            GenerationRecord.owner_id == bindparam("owner"),
             GenerationRecord.status == Status.IN_PROGRESS,
         )
-        .values(lease_id=None, cancel_requested=None, **values)
-        .execution_options(synchronize_session=False)
+        .values(**CLOSED, **{name: bindparam(f"new_{name}") for name in names})
     )
-    return changed(session, statement) == 1
+
+
+def keep_account(session: Session, record_ids: Sequence[int]) -> None:
+    """Records have ended: let them be found by their words, and count them."""
+    rows = rows_of(session, record_ids)
+    search.put(session, search.RECORDS, searchable(rows))
+    usage.note(session, rows)
+
+
+def index(session: Session, record_ids: Sequence[int]) -> None:
+    """Let records be found by their words."""
+    search.put(session, search.RECORDS, searchable(rows_of(session, record_ids)))
+
+
+def rows_of(session: Session, record_ids: Sequence[int]) -> Sequence[RowMapping]:
+    table = GenerationRecord.__table__
+    return session.execute(select(table).where(table.c.id.in_(record_ids))).mappings().all()
+
+
+def searchable(rows: Iterable[RowMapping | Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """What the search index holds of records; of those without a text, nothing."""
+    return [
+        (row["id"], record_words(*(row[name] for name in WORDS_OF)))
+        for row in rows
+        if row["prompt"] or row["completion"]
+    ]
+
+
+def index_again(session: Session, record_ids: Sequence[int]) -> None:
+    """After texts have changed. The change must have been flushed."""
+    search.drop(session, search.RECORDS, record_ids)
+    index(session, record_ids)
 
 
 def checkpoint(session: Session, texts: Sequence[tuple[int, str, int]]) -> None:
@@ -42,7 +137,9 @@ def checkpoint(session: Session, texts: Sequence[tuple[int, str, int]]) -> None:
         )
         .values(completion=bindparam("text"), completion_tokens=bindparam("tokens"))
     )
-    rows = [{"record": record, "text": text, "tokens": tokens} for record, text, tokens in texts]
+    rows = [
+        {"record": record, "text": text, "tokens": tokens} for record, text, tokens in sorted(texts)
+    ]
     session.connection().execute(statement, rows)
 
 
@@ -72,32 +169,224 @@ def to_cancel(session: Session, lease_id: int) -> list[int]:
 
 
 def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord | None:
+    record = session.scalar(ONE, {"record_id": record_id, "owner_id": owner_id})
+    if record is not None and record.source_id is not None:
+        session.refresh(record, ["source"])
+    return record
+
+
+def find(session: Session, owner_id: str | None, record_id: int) -> GenerationRecord | None:
+    """The operator's look at a record, of whatever owner where none is named."""
+    if owner_id is not None:
+        return get(session, owner_id, record_id)
+    return session.get(GenerationRecord, record_id)
+
+
+def by_idempotency_key(session: Session, owner_id: str, key: str) -> GenerationRecord | None:
     return session.scalar(
         select(GenerationRecord).where(
-            GenerationRecord.id == record_id, GenerationRecord.owner_id == owner_id
+            GenerationRecord.idempotency_key == key, GenerationRecord.owner_id == owner_id
+        )
+    )
+
+
+def forget_idempotency_key(session: Session, owner_id: str, key: str, before: datetime) -> None:
+    """Free a key that has expired."""
+    session.execute(
+        update(GenerationRecord)
+        .where(
+            GenerationRecord.idempotency_key == key,
+            GenerationRecord.owner_id == owner_id,
+            GenerationRecord.created_at < before,
+        )
+        .values(idempotency_key=None)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def reopen(session: Session, record: GenerationRecord, **values: Any) -> bool:
+    """Put a record that was cut short in progress again; False when somebody else did."""
+    statement = (
+        update(GenerationRecord)
+        .where(
+            GenerationRecord.id == record.id,
+            GenerationRecord.owner_id == record.owner_id,
+            GenerationRecord.attempts == record.attempts,
+            GenerationRecord.status == record.status,
+        )
+        .values(
+            status=Status.IN_PROGRESS,
+            finish_reason=None,
+            attempts=GenerationRecord.attempts + 1,
+            duration_ms=None,
+            **values,
+        )
+        .execution_options(synchronize_session=False)
+    )
+    if changed(session, statement) != 1:
+        return False
+    search.drop(session, search.RECORDS, [record.id])
+    return True
+
+
+def by_cache_key(
+    session: Session, owner_id: str, cache_key: str, since: datetime
+) -> GenerationRecord | None:
+    """The latest complete answer to the same work."""
+    return session.scalar(
+        select(GenerationRecord)
+        .where(
+            GenerationRecord.cache_key == cache_key,
+            GenerationRecord.owner_id == owner_id,
+            GenerationRecord.status == Status.COMPLETED,
+            GenerationRecord.created_at > since,
+        )
+        .order_by(GenerationRecord.id.desc())
+        .limit(1)
+    )
+
+
+def in_flight(session: Session, owner_id: str, flight_key: str) -> int | None:
+    """The record whose generation does the same work now."""
+    return session.scalar(
+        select(GenerationRecord.id).where(
+            GenerationRecord.flight_key == flight_key, GenerationRecord.owner_id == owner_id
         )
     )
 
 
 def remove(session: Session, owner_id: str, record_id: int) -> bool:
-    statement = delete(GenerationRecord).where(
-        GenerationRecord.id == record_id, GenerationRecord.owner_id == owner_id
+    if get(session, owner_id, record_id) is None:
+        return False
+    return remove_all(session, [record_id]) == 1
+
+
+def remove_all(session: Session, record_ids: Sequence[int]) -> int:
+    """Delete records of whatever owner; answers from the cache that show them keep their texts."""
+    hand_over(session, set(record_ids))
+    statement = delete(GenerationRecord).where(GenerationRecord.id.in_(record_ids))
+    return changed(session, statement.execution_options(synchronize_session=False))
+
+
+def remove_texts(session: Session, record_ids: Sequence[int], now: datetime) -> None:
+    """Take their texts from records of whatever owner; the numbers stay."""
+    hand_over(session, set(record_ids))
+    record = GenerationRecord
+    found = session.execute(select(record.id, record.parameters).where(record.id.in_(record_ids)))
+    rows = [{"of": id, "without": parameters | {"stop": []}} for id, parameters in found]
+    statement = (
+        update(GenerationRecord)
+        .where(GenerationRecord.id == bindparam("of"))
+        .values(
+            prompt="",
+            completion="",
+            source_id=None,
+            cache_key=None,
+            parameters=bindparam("without", type_=JSON),
+            text_removed_at=now,
+            updated_at=now,
+        )
     )
-    return changed(session, statement) == 1
+    if rows:
+        session.connection().execute(statement, rows)
+    search.drop(session, search.RECORDS, record_ids)
+
+
+def pin(session: Session, owner_id: str, record_id: int, pinned: bool, now: datetime) -> None:
+    """Keep a record however old it is, or no longer."""
+    session.execute(
+        update(GenerationRecord)
+        .where(
+            GenerationRecord.id == record_id,
+            GenerationRecord.owner_id == owner_id,
+            GenerationRecord.pinned.is_(not pinned),
+        )
+        .values(pinned=pinned, updated_at=now)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def hand_over(session: Session, leaving: Set[int]) -> None:
+    """Before texts are changed or removed: answers from the cache that show them keep them.
+
+    The oldest that stays gets the text for its own, and is the others' source from then on.
+    """
+    column = GenerationRecord.source_id
+    dependents = list(
+        session.scalars(
+            select(GenerationRecord).where(column.in_(leaving)).order_by(GenerationRecord.id)
+        )
+    )
+    heirs: dict[int | None, GenerationRecord] = {}
+    for record in dependents:
+        source_id = record.source_id
+        if record.id in leaving:
+            record.source = None
+        elif source_id in heirs:
+            record.source = heirs[source_id]
+        else:
+            detach(record)
+            heirs[source_id] = record
+    session.flush()
+    index(session, [heir.id for heir in heirs.values()])
+
+
+def separate(session: Session, record: GenerationRecord) -> None:
+    """Before a text is changed by hand: it is nobody else's, and no answer to anything any more."""
+    hand_over(session, {record.id})
+    detach(record)
+    record.cache_key = None
+
+
+def detach(record: GenerationRecord) -> None:
+    """Give an answer from the cache a text of its own."""
+    record.own_prompt, record.own_completion = record.prompt, record.completion
+    record.source = None
 
 
 def page(
     session: Session, owner_id: str, query: HistoryQuery
 ) -> tuple[list[GenerationRecord], bool]:
-    """A page of records, newest first, and whether more follow."""
-    statement = (
-        filtered(select(GenerationRecord), query)
-        .where(GenerationRecord.owner_id == owner_id)
-        .order_by(GenerationRecord.id.desc())
-        .limit(query.limit + 1)
+    """A page of records, newest first or those that a search finds, and whether more follow."""
+    count, found = query.limit + 1, list[GenerationRecord]()
+    look = newest if query.q is None else matches
+    for above, below in blocks.id_ranges(session, query):
+        found += look(session, owner_id, query, count - len(found), above, below)
+        if len(found) == count:
+            break
+    return found[: query.limit], len(found) == count
+
+
+def newest(
+    session: Session, owner_id: str, query: HistoryQuery, count: int, above: int, below: int | None
+) -> list[GenerationRecord]:
+    """The newest records between two ids, at most ``count``."""
+    statement = filtered(select(GenerationRecord), query).where(
+        GenerationRecord.owner_id == owner_id, GenerationRecord.id >= above
     )
-    found = list(session.scalars(statement))
-    return found[: query.limit], len(found) > query.limit
+    if below is not None:
+        statement = statement.where(GenerationRecord.id < below)
+    return list(session.scalars(statement.order_by(GenerationRecord.id.desc()).limit(count)))
+
+
+def matches(
+    session: Session, owner_id: str, query: HistoryQuery, count: int, above: int, below: int | None
+) -> list[GenerationRecord]:
+    """The newest records between two ids with the words that a query asks for."""
+    marks = record_marks(owner_id, query.user_id, query.status, query.model_name)
+    asked = parse_search(query.q or ""), marks
+    found: list[GenerationRecord] = []
+    batch = count
+    while len(found) < count:
+        ids = search.hits(session, search.RECORDS, asked, batch, below, above - 1)
+        statement = filtered(select(GenerationRecord), query).where(
+            GenerationRecord.owner_id == owner_id, GenerationRecord.id.in_(ids)
+        )
+        found += session.scalars(statement.order_by(GenerationRecord.id.desc()))
+        if len(ids) < batch:
+            break
+        below, batch = ids[-1], min(2 * batch, MOST_HITS)
+    return found[:count]
 
 
 def filtered(statement: Select[GenerationRecord], query: HistoryQuery) -> Select[GenerationRecord]:
@@ -109,6 +398,8 @@ def filtered(statement: Select[GenerationRecord], query: HistoryQuery) -> Select
     for column, value in wanted.items():
         if value is not None:
             statement = statement.where(column == value)
+    if query.status not in (None, Status.COMPLETED):  # the index of those says so, word for word
+        statement = statement.where(text("generation_records.status <> 'completed'"))
     if query.created_after is not None:
         statement = statement.where(GenerationRecord.created_at > query.created_after)
     if query.created_before is not None:
@@ -128,17 +419,29 @@ def open_leases(session: Session) -> set[int]:
     }
 
 
-def interrupt(session: Session, lease_ids: Sequence[int]) -> int:
+def open_of(session: Session, lease_id: int) -> set[int]:
+    """Records of whatever owner that a process has in progress."""
+    return set(
+        session.scalars(select(GenerationRecord.id).where(GenerationRecord.lease_id == lease_id))
+    )
+
+
+def interrupt(session: Session, lease_ids: Sequence[int], record_ids: Sequence[int] = ()) -> int:
     """Close what dead processes left in progress, of whatever owner; how many there were."""
+    is_theirs = (
+        GenerationRecord.lease_id.in_(lease_ids) | GenerationRecord.id.in_(record_ids),
+        GenerationRecord.status == Status.IN_PROGRESS,
+    )
+    ids = list(session.scalars(select(GenerationRecord.id).where(*is_theirs).with_for_update()))
     statement = (
         update(GenerationRecord)
-        .where(
-            GenerationRecord.lease_id.in_(lease_ids), GenerationRecord.status == Status.IN_PROGRESS
-        )
-        .values(status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED, lease_id=None)
+        .where(GenerationRecord.id.in_(ids))
+        .values(status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED, **CLOSED)
         .execution_options(synchronize_session=False)
     )
-    return changed(session, statement)
+    session.execute(statement)
+    keep_account(session, ids)
+    return len(ids)
 
 
 def changed(session: Session, statement: Any) -> int:

@@ -27,7 +27,7 @@ class Checkpointer:
 
     def tick(self) -> None:
         """One commit for all texts that have grown; nothing where nothing runs for long."""
-        self.generation.store_unstored()
+        self.generation.finisher.store_unstored()
         running = [live for live in self.live.all() if live.seconds() > CHECKPOINT_SECONDS]
         if not running:
             return

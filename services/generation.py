@@ -4,22 +4,21 @@ The prompt is committed before the model runs and the text before the client hea
 connection is held in between.
 """
 
+import contextlib
 import logging
-from collections import deque
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-import metrics
-from database import Database, release, transaction
+from database import Database
 from engine.errors import EngineFullError, EngineStoppedError, GenerationError
 from errors import (
-    CancelledError,
-    ConflictError,
     DeadlineExceededError,
     GenerationFailedError,
     InterruptedGenerationError,
@@ -28,14 +27,19 @@ from errors import (
     ServiceError,
     StorageUnavailableError,
 )
-from log import event
-from models import FinishReason, GenerateRequest, GenerationRecord, SamplingOptions, Status
-from repositories import records
+from models import AnalyzeRequest, GenerateRequest, GenerationRecord, SamplingOptions
+from services.accepting import Accepter, TakenError, nothing
+from services.cache import ResponseCache
 from services.content_filter import ContentFilter
+from services.crowds import Crowds
+from services.endings import Ending, ending_of, outcome
+from services.finishing import Finisher
+from services.idempotency import Key, first_try, once_of, was_cut_short
 from services.leases import LeaseKeeper
 from services.live import Live, LiveGenerations
 from services.model_host import ModelHost
-from services.planning import Plan, plan_prompt
+from services.planning import Ask, Plan, plan_prompt
+from services.turns import Turns
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Generation
@@ -43,39 +47,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FINISH_ATTEMPTS = 3
-ENDINGS: dict[FinishReason, tuple[Status, type[ServiceError] | None]] = {
-    FinishReason.STOP: (Status.COMPLETED, None),
-    FinishReason.LENGTH: (Status.COMPLETED, None),
-    FinishReason.CANCELLED: (Status.CANCELLED, CancelledError),
-    FinishReason.DISCONNECTED: (Status.CANCELLED, CancelledError),
-    FinishReason.INTERRUPTED: (Status.INCOMPLETE, InterruptedGenerationError),
-}
-
 
 @dataclass(frozen=True)
-class Ask:
-    """What a client wants: a prompt continued, alone or as a message of a conversation."""
+class Answer:
+    """What is stored already: the text of another record, or what a key was answered before."""
 
-    prompt: str
-    options: SamplingOptions
-    finish_alone: bool
-    conversation_id: int | None = None
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a generation ended: what goes into its row, and the error its client gets, if any."""
-
-    status: Status
-    finish_reason: FinishReason
-    completion: str
-    completion_tokens: int
-    error: type[ServiceError] | None = None
+    record: GenerationRecord
+    replayed: bool = False
 
 
 class GenerationService:
-    """``timeout`` is the longest a generation may take, waiting included, in seconds."""
+    """``timeout`` is the longest a generation may take, waiting included, in seconds.
+
+    ``key_lifetime`` is how long an ``Idempotency-Key`` means its first request.
+    """
 
     def __init__(
         self,
@@ -84,56 +69,130 @@ class GenerationService:
         content_filter: ContentFilter,
         lease: LeaseKeeper,
         live: LiveGenerations,
+        cache: ResponseCache,
         timeout: float,
+        key_lifetime: timedelta,
     ) -> None:
         self.database = database
         self.models = models
         self.content_filter = content_filter
         self.lease = lease
         self.live = live
+        self.cache = cache
         self.timeout = timeout
-        self.unstored: deque[tuple[GenerationRecord, dict[str, Any]]] = deque()
+        self.key_lifetime = key_lifetime
+        self.turns = Turns()
+        crowds = Crowds(database)
+        self.accepter = Accepter(crowds, cache, lease)
+        self.finisher = Finisher(database, crowds, lease)
         # A producer waits most of its life, and admission bounds how many there are.
         self.producers = ThreadPoolExecutor(models.capacity, thread_name_prefix="producer")
 
     def generate(
-        self, session: Session, owner_id: str, request: GenerateRequest
-    ) -> GenerationRecord:
+        self, session: Session, owner_id: str, request: GenerateRequest, key: Key | None = None
+    ) -> Answer:
         """Answer a prompt with a stored record. Raises ServiceErrors."""
-        return self.wait_for(session, self.continue_prompt(session, owner_id, request, True))
+        ask = Ask(owner_id, request.prompt, request, finish_alone=True, once=once_of(key, request))
+        return self.wait_for(session, self.continue_prompt(session, ask))
 
     def stream(
-        self, session: Session, owner_id: str, request: GenerateRequest, finish_alone: bool
-    ) -> Live:
+        self,
+        session: Session,
+        owner_id: str,
+        request: GenerateRequest,
+        finish_alone: bool,
+        key: Key | None = None,
+    ) -> Live | Answer:
         """Begin answering a prompt; a producer goes on alone. Raises ServiceErrors."""
-        return self.let_go(self.continue_prompt(session, owner_id, request, finish_alone))
+        ask = Ask(owner_id, request.prompt, request, finish_alone, once=once_of(key, request))
+        return self.let_go(self.continue_prompt(session, ask))
 
-    def continue_prompt(
-        self, session: Session, owner_id: str, request: GenerateRequest, finish_alone: bool
-    ) -> Live:
-        ask = Ask(request.prompt, request, finish_alone)
-        return self.begin(
-            session, owner_id, ask, lambda model: plan_prompt(model, ask.prompt, ask.options)
-        )
+    def analyze(
+        self,
+        session: Session,
+        owner_id: str,
+        user_id: str,
+        request: AnalyzeRequest,
+        key: Key | None = None,
+    ) -> Answer:
+        """Continue a user's text, or answer it from the store. Raises ServiceErrors."""
+        options = SamplingOptions(user_id=user_id, use_cache=request.use_cache)
+        ask = Ask(owner_id, request.text, options, finish_alone=True, once=once_of(key, request))
+        return self.wait_for(session, self.continue_prompt(session, ask))
+
+    def continue_prompt(self, session: Session, ask: Ask) -> Live | Answer:
+        def begin(first: GenerationRecord | None) -> Live | Answer:
+            return self.begin(
+                session,
+                ask,
+                lambda model: plan_prompt(model, ask.prompt, ask.options),
+                again=first,
+            )
+
+        return self.once(session, ask, begin)
+
+    def once(
+        self,
+        session: Session,
+        ask: Ask,
+        begin: Callable[[GenerationRecord | None], Live | Answer],
+    ) -> Live | Answer:
+        """Begin what was asked, unless its key was answered before.
+
+        ``begin`` gets the record of a first try that was cut short, to run it again on its row.
+        """
+        deadline = time.monotonic() + self.timeout
+        while True:
+            with self.turns.of(turn_of(ask), self.timeout):
+                first = first_try(session, ask.owner_id, ask.once, self.key_lifetime)
+                if first is not None and not was_cut_short(first):
+                    return Answer(first, replayed=True)
+                with contextlib.suppress(TakenError):
+                    return begin(first)
+            if time.monotonic() > deadline:
+                raise DeadlineExceededError
 
     def begin(
         self,
         session: Session,
-        owner_id: str,
         ask: Ask,
         plan: "Callable[[LoadedModel], Plan]",
-        enter: Callable[[Session], None] = lambda _: None,
-    ) -> Live:
-        """Validate, take a place in the queue, store the prompt.
+        enter: Callable[[Session], None] = nothing,
+        again: GenerationRecord | None = None,
+    ) -> Live | Answer:
+        """Validate, look into the store, take a place in the queue, store the prompt.
 
-        ``enter`` is called in the transaction that stores it, and may refuse by raising.
+        ``enter`` is called in the transaction that stores it, and may refuse by raising. Raises
+        TakenError when another request did the same meanwhile.
         """
         self.content_filter.check(ask.prompt)
         model, engine = self.models.running()
         planned = plan(model)
-        generation = admitted(engine, planned)
+        if again is not None:
+            return self.start(session, ask, engine, planned.seeded(again.seed), enter, again)
+        cache_key = self.cache.key(ask, planned)
+        if cache_key is None:
+            return self.start(session, ask, engine, planned, enter)
+        with self.turns.of(cache_key, self.timeout):
+            found = self.answered(session, ask, cache_key, enter)
+            if found is not None:
+                return Answer(found)
+            return self.start(session, ask, engine, planned, enter, cache_key=cache_key)
+
+    def start(
+        self,
+        session: Session,
+        ask: Ask,
+        engine: "Engine",
+        plan: Plan,
+        enter: Callable[[Session], None],
+        again: GenerationRecord | None = None,
+        cache_key: str | None = None,
+    ) -> Live:
+        """Take a place in the queue and store the prompt."""
+        generation = admitted(engine, plan)
         try:
-            record = self.accept(session, owner_id, ask, planned, enter)
+            record = self.accepter.accept(session, ask, plan, enter, again, cache_key)
         except BaseException:
             generation.cancel()
             raise
@@ -141,17 +200,33 @@ class GenerationService:
         self.live.add(live)
         return live
 
-    def wait_for(self, session: Session, live: Live) -> GenerationRecord:
-        """Run it here. Raises ServiceErrors."""
-        outcome = self.produce(session, live)
-        if isinstance(outcome, ServiceError):
-            raise outcome
-        return outcome
+    def answered(
+        self,
+        session: Session,
+        ask: Ask,
+        cache_key: str,
+        enter: Callable[[Session], None],
+    ) -> GenerationRecord | None:
+        try:
+            return self.cache.answer(session, ask, cache_key, enter, self.timeout)
+        except IntegrityError:  # its key is taken, or the text it would have shown is gone
+            raise TakenError from None
 
-    def let_go(self, live: Live) -> Live:
-        """Run it in a producer's thread."""
-        self.producers.submit(self.produce_alone, live)
-        return live
+    def wait_for(self, session: Session, begun: Live | Answer) -> Answer:
+        """Run it here, where it is not answered yet. Raises ServiceErrors."""
+        if isinstance(begun, Answer):
+            found, replayed = outcome(begun.record), begun.replayed
+        else:
+            found, replayed = self.produce(session, begun), False
+        if isinstance(found, ServiceError):
+            raise found
+        return Answer(found, replayed)
+
+    def let_go(self, begun: Live | Answer) -> Live | Answer:
+        """Run it in a producer's thread, where it is not answered yet."""
+        if isinstance(begun, Live):
+            self.producers.submit(self.produce_alone, begun)
+        return begun
 
     def produce_alone(self, live: Live) -> None:
         with self.database.sessions() as session:
@@ -163,50 +238,16 @@ class GenerationService:
         try:
             with live.generation:
                 ending = self.run(live.generation)
-            outcome = self.finish(session, live.record, ending, live.seconds())
+            outcome = self.finisher.finish(session, live.record, ending, live.seconds())
         except ServiceError as error:
             outcome = error
         except Exception:
             log.exception("a generation was not finished")
         finally:
             self.live.end(live, outcome)
+            if not isinstance(outcome, StorageUnavailableError):  # else it is to be stored yet
+                self.lease.drop(live.record.id)
         return outcome
-
-    def accept(
-        self,
-        session: Session,
-        owner_id: str,
-        ask: Ask,
-        plan: Plan,
-        enter: Callable[[Session], None],
-    ) -> GenerationRecord:
-        """Commit the prompt. From here on it cannot be lost."""
-        now = datetime.now(UTC)
-        parameters = asdict(plan.params)
-        seed = parameters.pop("seed")
-        with transaction(session):
-            enter(session)
-            record = records.add(
-                session,
-                owner_id,
-                conversation_id=ask.conversation_id,
-                user_id=ask.options.user_id,
-                prompt=ask.prompt,
-                completion="",
-                model_name=plan.model.name,
-                model_fingerprint=plan.model.fingerprint,
-                dtype=plan.model.dtype,
-                parameters=parameters,
-                seed=seed,
-                prompt_tokens=len(plan.prompt_ids),
-                completion_tokens=0,
-                created_at=now,
-                updated_at=now,
-                lease_id=self.lease.lease_id,
-            )
-        session.expunge(record)  # from here on it passes between threads, not sessions
-        event(log, logging.INFO, "record accepted", id=record.id, tokens=record.prompt_tokens)
-        return record
 
     def run(self, generation: "Generation") -> Ending:
         error: type[ServiceError] | None = None
@@ -222,53 +263,9 @@ class GenerationService:
             error = InterruptedGenerationError
         return ending_of(generation, error)
 
-    def finish(
-        self, session: Session, record: GenerationRecord, ending: Ending, seconds: float
-    ) -> GenerationRecord:
-        """Commit the end. Only what is stored is answered."""
-        values: dict[str, Any] = {
-            "status": ending.status,
-            "finish_reason": ending.finish_reason,
-            "completion": ending.completion,
-            "completion_tokens": ending.completion_tokens,
-            "duration_ms": round(seconds * 1000),
-            "updated_at": datetime.now(UTC),
-        }
-        try:
-            stored = commit_ending(session, record, values)
-        except StorageUnavailableError:
-            self.unstored.append((record, values))
-            raise
-        if not stored:
-            raise ConflictError(
-                "The record was deleted or closed while it was generated.", record_id=record.id
-            )
-        metrics.FINISHED.labels(ending.status).inc()
-        metrics.TOKENS.inc(ending.completion_tokens)
-        event(
-            log,
-            logging.ERROR if ending.status is Status.FAILED else logging.INFO,
-            "record finished",
-            id=record.id,
-            status=ending.status.value,
-            finish_reason=ending.finish_reason.value,
-            tokens=ending.completion_tokens,
-            ms=values["duration_ms"],
-        )
-        if ending.error is not None:
-            raise ending.error(record_id=record.id)
-        for name, value in values.items():
-            setattr(record, name, value)
-        return record
 
-    def store_unstored(self) -> None:
-        """Store the endings that the database refused. Raises StorageUnavailableError."""
-        while self.unstored:
-            record, values = self.unstored[0]
-            with self.database.sessions() as session, transaction(session):
-                records.finish(session, record.owner_id, record.id, **values)
-            self.unstored.popleft()
-            event(log, logging.WARNING, "record finished late", id=record.id)
+def turn_of(ask: Ask) -> str | None:
+    return None if ask.once is None else f"{ask.owner_id} {ask.once.key}"
 
 
 def admitted(engine: "Engine", plan: Plan) -> "Generation":
@@ -279,42 +276,3 @@ def admitted(engine: "Engine", plan: Plan) -> "Generation":
         raise OverloadedError from None
     except EngineStoppedError:
         raise ModelNotReadyError from None
-
-
-def ending_of(generation: "Generation", error: type[ServiceError] | None) -> Ending:
-    """What is kept of a generation that has ended, well or not: always the text it came to."""
-    snapshot = generation.snapshot()
-    text, tokens = snapshot.text, len(snapshot.token_ids)
-    if error is InterruptedGenerationError:
-        return Ending(Status.INCOMPLETE, FinishReason.INTERRUPTED, text, tokens, error)
-    if error is not None:
-        return Ending(Status.FAILED, FinishReason.ERROR, text, tokens, error)
-    assert snapshot.finish_reason is not None
-    reason = FinishReason(snapshot.finish_reason.value)
-    status, error = ENDINGS[reason]
-    return Ending(status, reason, text, tokens, error)
-
-
-def commit_ending(session: Session, record: GenerationRecord, values: dict[str, Any]) -> bool:
-    """Store a record's end, trying again while the database refuses; False if it is not ours.
-
-    Trying again is safe: the row is only written while it is in progress, and a commit that took
-    effect without saying so is recognised by what it wrote.
-    """
-    for attempt in range(FINISH_ATTEMPTS):
-        try:
-            with transaction(session):
-                stored = records.finish(session, record.owner_id, record.id, **values)
-            return stored or (attempt > 0 and is_stored(session, record, values))
-        except StorageUnavailableError:
-            event(log, logging.ERROR, "record not finished yet", id=record.id, attempt=attempt + 1)
-    raise StorageUnavailableError(
-        "The text was generated but the database did not take it.", record_id=record.id
-    )
-
-
-def is_stored(session: Session, record: GenerationRecord, values: dict[str, Any]) -> bool:
-    found = records.get(session, record.owner_id, record.id)
-    same = found is not None and all(getattr(found, name) == v for name, v in values.items())
-    release(session)
-    return same

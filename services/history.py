@@ -2,6 +2,7 @@
 
 import logging
 import time
+from datetime import UTC, datetime
 
 from sqlalchemy.orm import Session
 
@@ -11,6 +12,7 @@ from errors import ConflictError, NotFoundError
 from log import event
 from models import TERMINAL, GenerationRecord, HistoryQuery
 from repositories import records
+from services import search
 from services.live import LiveGenerations
 
 log = logging.getLogger(__name__)
@@ -26,10 +28,27 @@ def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord:
     return record
 
 
+def read(session: Session, owner_id: str, record_id: int) -> GenerationRecord:
+    """As ``get``, and the connection goes back at once."""
+    record = get(session, owner_id, record_id)
+    release(session)
+    return record
+
+
+def find(session: Session, owner_id: str | None, record_id: int) -> GenerationRecord:
+    """For an operator: of whatever owner where none is named. Raises NotFoundError."""
+    record = records.find(session, owner_id, record_id)
+    if record is None:
+        raise NotFoundError
+    return record
+
+
 def page(
     session: Session, owner_id: str, query: HistoryQuery
 ) -> tuple[list[GenerationRecord], bool]:
-    """A page, newest first, and whether more follow."""
+    """A page, newest or best matches first, and whether more follow. Raises InvalidRequestError."""
+    if query.order == "rank":
+        return search.ranked_page(session, owner_id, query)
     return records.page(session, owner_id, query)
 
 
@@ -57,6 +76,13 @@ def cancel(
         if record.status in TERMINAL or time.monotonic() > deadline:
             return record
         time.sleep(0.05)
+
+
+def pin(session: Session, owner_id: str, record_id: int, pinned: bool) -> GenerationRecord:
+    """Keep a record however old it is, or no longer. Raises NotFoundError."""
+    with transaction(session):
+        records.pin(session, owner_id, record_id, pinned, datetime.now(UTC))
+        return get(session, owner_id, record_id)
 
 
 def delete(session: Session, owner_id: str, record_id: int) -> None:

@@ -4,11 +4,14 @@ Every process has a row in ``leases``; a record in progress carries its process'
 dead when its process is gone (seen from the same machine), or when it has not beaten while this
 process beat several times. Beats are counted, not clocks compared: a database that takes no writes
 stops the judge along with the judged, and a clock that jumps says nothing. Nobody beats while no
-record is in progress, so an idle service does not write.
+record is in progress, so an idle service does not write. A record of this very process that it
+does not run is closed as well.
 """
 
 import logging
 import os
+import threading
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,6 +48,11 @@ def process_identity(pid: int) -> str:
     return ""
 
 
+def is_gone(lease: Lease) -> bool:
+    """Whether a process of this machine has ended."""
+    return process_identity(int(lease.process.partition("/")[0])) != lease.process
+
+
 class LeaseKeeper:
     """Holds this process's lease and closes the records of dead ones, in a thread of its own."""
 
@@ -54,21 +62,50 @@ class LeaseKeeper:
         self.process = process_identity(os.getpid()) or str(os.getpid())
         self.lease_id = 0
         self.silence: dict[int, tuple[int, int]] = {}  # lease: its last beat, ours since then
+        self.running: Counter[int] = Counter()  # records that this process runs
+        self.running_lock = threading.Lock()
+        self.suspects: set[int] = set()
         self.ticker = Ticker("leases", BEAT_SECONDS, self.tick)
 
     def start(self) -> None:
         """Take a lease, close what died on this machine, and go on looking."""
-        self.sweep()
+        if not self.database.damaged:
+            self.sweep()
         self.ticker.start()
 
     def stop(self) -> None:
+        """Give the lease back, and close what is open still: nobody else would before a start."""
         self.ticker.stop()
         with (
             suppress(StorageUnavailableError),
             self.database.sessions() as session,
             transaction(session),
         ):
+            records.interrupt(session, [self.lease_id])
             leases.remove(session, [self.lease_id])
+
+    def hold(self, record_id: int) -> int:
+        """This process runs the record, from before it is committed until it is dropped."""
+        with self.running_lock:
+            self.running[record_id] += 1
+        return record_id
+
+    def drop(self, record_id: int) -> None:
+        # Counted: where an insert was rolled back, SQLite gives its id to the next one.
+        with self.running_lock:
+            self.running[record_id] -= 1
+            self.running += Counter()  # forget what is at zero
+
+    def lost(self, session: Session) -> set[int]:
+        """Open records of this process that it does not run, this time and the last time.
+
+        Such are left by a commit that took effect though it failed, or by a defect.
+        """
+        opened = records.open_of(session, self.lease_id)
+        with self.running_lock:
+            found = opened - self.running.keys()
+        before, self.suspects = self.suspects, found
+        return found & before
 
     def beat(self) -> None:
         """A real write that harms nothing. Raises StorageUnavailableError."""
@@ -96,9 +133,10 @@ class LeaseKeeper:
             known = {lease.id for lease in others} | {self.lease_id}
             dead = {lease.id for lease in others if self.is_dead(lease)}
             dead |= records.open_leases(session) - known
-            if not dead:
+            lost = self.lost(session)
+            if not dead and not lost:
                 return
-            closed = records.interrupt(session, sorted(dead))
+            closed = records.interrupt(session, sorted(dead), sorted(lost))
             leases.remove(session, dead)
         metrics.INTERRUPTED.inc(closed)
         if closed:
@@ -106,7 +144,7 @@ class LeaseKeeper:
 
     def is_dead(self, lease: Lease) -> bool:
         if self.machine and lease.machine == self.machine:
-            return process_identity(int(lease.process.partition("/")[0])) != lease.process
+            return is_gone(lease)
         beat, silent = self.silence.get(lease.id, (lease.beat, -1))
         silent = silent + 1 if beat == lease.beat else 0
         self.silence[lease.id] = (lease.beat, silent)

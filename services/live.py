@@ -97,6 +97,15 @@ class LiveGenerations:
             live = self.by_record.get(record_id)
         return live if live is not None and live.record.owner_id == owner_id else None
 
+    def wait_for_end(self, owner_id: str, record_id: int, timeout: float) -> bool:
+        """Wait until a generation of this process has ended; False if it runs elsewhere."""
+        live = self.get(owner_id, record_id)
+        if live is None:
+            return False
+        with self.lock:
+            self.lock.wait_for(lambda: live.outcome is not None, timeout)
+        return True
+
     def all(self) -> list[Live]:
         with self.lock:
             return list(self.by_record.values())

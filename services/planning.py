@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from engine.sampling import SamplingParams
 from errors import InvalidRequestError
-from models import SamplingOptions
+from models import GenerationRecord, SamplingOptions
+from services.idempotency import Once
 
 if TYPE_CHECKING:
     from engine.loading import LoadedModel
@@ -18,12 +19,27 @@ Turn = tuple[str, str]  # what the user said, what was answered
 
 
 @dataclass(frozen=True)
+class Ask:
+    """What a client wants: a prompt continued, alone or as a message of a conversation."""
+
+    owner_id: str
+    prompt: str
+    options: SamplingOptions
+    finish_alone: bool
+    conversation_id: int | None = None
+    once: Once | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the engine is asked for, and by which model."""
 
     model: "LoadedModel"
     prompt_ids: list[int]
     params: SamplingParams
+
+    def seeded(self, seed: int) -> "Plan":
+        return replace(self, params=replace(self.params, seed=seed))
 
 
 def plan_prompt(model: "LoadedModel", prompt: str, options: SamplingOptions) -> Plan:
@@ -47,6 +63,11 @@ def plan_reply(
     params = sampling_params(model, options, room)
     ids = fit_thread(model, thread, prompt, room)
     return Plan(model, ids, replace(params, stop=params.stop + stop))
+
+
+def turns_of(thread: Sequence[GenerationRecord]) -> list[Turn]:
+    """What was said, as far as its text is still there."""
+    return [(said.prompt, said.completion) for said in thread if said.text_removed_at is None]
 
 
 def fit_thread(model: "LoadedModel", thread: Sequence[Turn], prompt: str, room: int) -> list[int]:

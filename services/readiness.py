@@ -31,6 +31,8 @@ def report(lease: LeaseKeeper, models: ModelHost) -> dict[str, Any]:
 
 def database_reason(lease: LeaseKeeper) -> str | None:
     """None after a real write."""
+    if lease.database.damaged:
+        return "it is damaged: restore a backup"
     try:
         lease.beat()
     except (StorageUnavailableError, DBAPIError):

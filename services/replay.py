@@ -22,7 +22,7 @@ from repositories import conversations
 from services import history
 from services.generation import admitted
 from services.model_host import ModelHost
-from services.planning import CONTEXT_TURNS, Plan, Turn, fit_thread
+from services.planning import CONTEXT_TURNS, Plan, Turn, fit_thread, turns_of
 
 if TYPE_CHECKING:
     from engine.loading import LoadedModel
@@ -52,6 +52,8 @@ def replay(
     record = history.get(session, owner_id, record_id)
     thread = thread_before(session, record)
     release(session)  # no connection is held while the model runs
+    if record.text_removed_at is not None:
+        raise ConflictError("The record's text was removed: it was kept long enough.")
     if record.status not in (Status.COMPLETED, Status.INCOMPLETE, Status.CANCELLED):
         raise ConflictError("The record has no text to compare with.", record_id=record.id)
     model, engine = models.running()
@@ -85,7 +87,7 @@ def thread_before(session: Session, record: GenerationRecord) -> list[Turn]:
     found = conversations.latest(
         session, record.owner_id, record.conversation_id, CONTEXT_TURNS, before=record.id
     )
-    return [(earlier.prompt, earlier.completion) for earlier in found]
+    return turns_of(found)
 
 
 def stored_params(record: GenerationRecord) -> SamplingParams:

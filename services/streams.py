@@ -13,15 +13,11 @@ import anyio
 import anyio.to_thread
 
 from database import Database
-from errors import (
-    CancelledError,
-    GenerationFailedError,
-    InterruptedGenerationError,
-    NotFoundError,
-    ServiceError,
-)
-from models import TERMINAL, GenerationRecord, Status
+from errors import NotFoundError, ServiceError
+from models import TERMINAL, GenerationRecord
 from repositories import records
+from services.endings import outcome
+from services.generation import Answer
 from services.live import Live, LiveGenerations
 
 POLL_SECONDS = 0.5
@@ -87,6 +83,13 @@ class Streams:
             raise NotFoundError
         return record
 
+    async def play(self, begun: Live | Answer) -> AsyncGenerator[Event]:
+        """The events of what was just asked for, be it begun or answered before."""
+        events = follow(begun) if isinstance(begun, Live) else self.stored(begun.record, None)
+        async with aclosing(events) as following:
+            async for event in following:
+                yield event
+
     async def resume(self, record: GenerationRecord, offset: int | None) -> AsyncGenerator[Event]:
         live = self.live.get(record.owner_id, record.id)
         events = self.stored(record, offset) if live is None else follow(live, offset)
@@ -112,14 +115,3 @@ class Streams:
             except NotFoundError as error:
                 yield Failed(error)
                 return
-
-
-def outcome(record: GenerationRecord) -> GenerationRecord | ServiceError:
-    """What a record that has ended means to whoever asked for it."""
-    errors: dict[str, type[ServiceError]] = {
-        Status.INCOMPLETE: InterruptedGenerationError,
-        Status.CANCELLED: CancelledError,
-        Status.FAILED: GenerationFailedError,
-    }
-    error = errors.get(record.status)
-    return record if error is None else error(record_id=record.id)

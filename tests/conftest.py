@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session
 
 from database import Database
 from tests.databases import KINDS, fresh_database
-from tests.service import Server, serving
+from tests.service import Server, in_process, ready, serving
 
 
 @pytest.fixture(params=KINDS)
@@ -29,6 +30,16 @@ def database(database_url: str) -> Iterator[Database]:
 def session(database: Database) -> Iterator[Session]:
     with database.sessions() as opened:
         yield opened
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TestClient]:
+    """A service of a module's own in this process, on every kind of database."""
+    folder = tmp_path_factory.mktemp("service")
+    with fresh_database(request.param, folder) as url, in_process(DATABASE_URL=url) as client:
+        yield ready(client)
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,12 @@ from database import Database
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "weights" / "tiny-gpt2")
+START_SECONDS = 240  # a machine that runs much else takes minutes to import PyTorch
 
 
 def ready(client: TestClient) -> TestClient:
     """The client, once the model is loaded."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + START_SECONDS
     while client.get("/health/ready").status_code != 200:
         assert time.monotonic() < deadline, client.get("/health/ready").text
         time.sleep(0.05)
@@ -60,13 +61,24 @@ def free_port() -> int:
 
 
 class Server:
-    """`uvicorn main:app` in a process of its own; what it prints goes to ``log``."""
+    """`uvicorn main:app`, or another ``app``, in its own process; what it prints goes to ``log``.
 
-    def __init__(self, environment: Mapping[str, str], log: Path, port: int | None = None) -> None:
+    With several ``workers`` it must be ended by ``stop``: a killed parent leaves them alone.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        log: Path,
+        port: int | None = None,
+        workers: int = 1,
+        app: str = "main:app",
+    ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(self.port)]
+        command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
+        command += ["--workers", str(workers)] if workers > 1 else []
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 command,
@@ -85,7 +97,7 @@ class Server:
         return self
 
     def wait_for(self, path: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()
             with contextlib.suppress(httpx.HTTPError):

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from database import Database, transaction
+from models import GenerationRecord
+from repositories import conversations
 from tests.sse import events, text_of
+from tests.test_history import NOON, OWNER, insert
 
 
 def new(client: TestClient, **fields: str) -> dict[str, Any]:
@@ -140,6 +144,30 @@ def test_replies_asked_for_at_once_come_one_after_the_other(client: TestClient) 
     for earlier, later in itertools.pairwise(messages):
         assert earlier["updated_at"] <= later["created_at"]
         assert later["prompt_tokens"] > earlier["prompt_tokens"]
+
+
+def test_of_two_that_take_a_turn_at_once_one_waits(database: Database) -> None:
+    taken: list[int] = []
+
+    def take(record: int, conversation: int) -> None:
+        with database.sessions() as session, transaction(session):
+            if conversations.is_at(session, OWNER, conversation, 0):
+                time.sleep(0.1)
+                session.get_one(GenerationRecord, record).conversation_id = conversation
+                taken.append(record)
+
+    with database.sessions() as session:
+        free = [insert(session) for _ in range(4)]
+        with transaction(session):
+            thread = conversations.add(
+                session, OWNER, title="", model_type="", created_at=NOON, updated_at=NOON
+            )
+    takers = [threading.Thread(target=take, args=(record, thread.id)) for record in free]
+    for taker in takers:
+        taker.start()
+    for taker in takers:
+        taker.join()
+    assert len(taken) == 1
 
 
 def test_a_reply_is_streamed(client: TestClient) -> None:

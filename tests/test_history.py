@@ -38,10 +38,8 @@ def insert(session: Session, owner: str = OWNER, **given: Any) -> int:
         "updated_at": NOON,
         "lease_id": None,
     }
-    status = given.pop("status", Status.COMPLETED)
     with transaction(session):
-        record = records.add(session, owner, **values | given)
-        record.status = status
+        record = records.add(session, owner, **{"status": Status.COMPLETED} | values | given)
     return record.id
 
 

@@ -1,7 +1,8 @@
-"""What was answered is there after SIGKILL. `make torture` is the long form."""
+"""What was answered is there after SIGKILL, once. `make torture` is the long form."""
 
 from pathlib import Path
 
+from benchmarks import once_test
 from benchmarks.kill_test import losses, torture
 
 
@@ -11,3 +12,9 @@ def test_nothing_answered_is_lost_to_kills(tmp_path: Path) -> None:
     assert counts["answered"] > 0
     assert counts["records"] >= counts["answered"]
     assert losses(counts) == {}
+
+
+def test_nothing_is_done_twice_for_a_key_over_kills(tmp_path: Path) -> None:
+    counts = once_test.torture(kills=2, keys=5, clients=4, seed=1, folder=tmp_path)
+    assert counts["records"] == 10
+    assert once_test.losses(counts) == {}

@@ -195,3 +195,38 @@ def test_a_server_closes_what_its_predecessor_left(tmp_path: Path) -> None:
         closed = client.get(f"/history/{holder.record}").json()
     assert (closed["status"], closed["finish_reason"]) == ("incomplete", "interrupted")
     assert closed["prompt"] == "Once"
+
+
+def test_a_record_that_its_own_process_does_not_run_is_closed(database: Database) -> None:
+    keeper = LeaseKeeper(database)
+    keeper.sweep()
+    with database.sessions() as session:
+        run, lost = (
+            insert(session, status=Status.IN_PROGRESS, lease_id=keeper.lease_id) for _ in range(2)
+        )
+    keeper.hold(run)
+    keeper.sweep()
+    assert state(database, lost)[0] == "in_progress"  # it may just have ended
+    keeper.sweep()
+    assert state(database, lost) == ("incomplete", "interrupted")
+    assert state(database, run)[0] == "in_progress"
+
+
+def test_an_id_that_was_used_twice_is_held_until_both_dropped_it(database: Database) -> None:
+    keeper = LeaseKeeper(database)
+    keeper.hold(1)
+    keeper.hold(1)
+    keeper.drop(1)
+    assert 1 in keeper.running
+    keeper.drop(1)
+    assert 1 not in keeper.running
+
+
+def test_a_stop_leaves_no_record_open(database: Database) -> None:
+    keeper = LeaseKeeper(database)
+    keeper.start()
+    with database.sessions() as session:
+        record = insert(session, status=Status.IN_PROGRESS, lease_id=keeper.lease_id)
+    keeper.hold(record)
+    keeper.stop()
+    assert state(database, record) == ("incomplete", "interrupted")

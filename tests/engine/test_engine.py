@@ -310,6 +310,38 @@ def test_one_that_fails_fails_alone(
     wait_until(lambda: empty(engine))
 
 
+def test_a_step_that_raised_after_a_long_prompt_costs_the_others_nothing(
+    loaded: LoadedModel,
+) -> None:
+    prompts = [loaded.encode(p)[:130] for p in mixed_prompts(8, longest=200)]
+    raised: list[Plan] = []
+
+    def error_when_a_long_prompt_ends(plan: Plan, logits: Tensor) -> Tensor:
+        if len(plan.sequences) > 1 and any(c.ends_prompt and c.start for c in plan.prefill):
+            raised.append(plan)
+            raise ZeroDivisionError
+        return logits
+
+    def answers(engine: Engine) -> list[Completion]:
+        generations = [engine.admit(p, SamplingParams(12, seed=3)) for p in prompts]
+        for generation in generations:
+            generation.start()
+        return [generation.result(30) for generation in generations]
+
+    clean, engine = Engine(loaded), Engine(loaded)
+    clean_store, store = clean.runner.prefixes, engine.runner.prefixes  # type: ignore[attr-defined]
+    arenas = engine.runner.cache.arenas  # type: ignore[attr-defined]
+    engine.runner = Sabotaged(engine.runner, error_when_a_long_prompt_ends)
+    assert answers(engine) == answers(clean)
+    assert raised
+    wait_until(lambda: empty(engine))
+    assert [arena for arena in arenas if arena.sequences] == []
+    assert store.chunks.keys() == clean_store.chunks.keys()
+    assert all(torch.equal(chunk, clean_store.chunks[key]) for key, chunk in store.chunks.items())
+    for each in (clean, engine):
+        each.close(10)
+
+
 def test_a_worker_that_dies_tells_everybody_at_once(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,5 +409,8 @@ def test_a_thousand_mixed_requests_with_cancels_leave_nothing_behind(engine: Eng
     wait_until(lambda: empty(engine) and not engine._to_free)
     assert engine._generations == {}
     assert engine.scheduler.promised_tokens == 0
+    runner: Any = engine.runner
+    assert runner.prefixes.chunks
+    assert not any(arena.sequences for arena in runner.cache.arenas)
     assert threading.active_count() == threads
     assert run(engine, "The", greedy(3)).result(5).token_ids

@@ -8,13 +8,17 @@ from engine.gpt2_runner import GPT2Runner
 from engine.loading import LoadedModel
 from engine.sampling import SamplingParams
 from engine.scheduler import CHUNK, Chunk, Plan
-from engine.sequence import Sequence
+from engine.sequence import Sequence, Status
 from tests.engine.conftest import random_gpt2
 
 
-def runner_of(model: torch.nn.Module) -> GPT2Runner:
+def runner_of(model: torch.nn.Module, prefix_bytes: int = 0) -> GPT2Runner:
     return GPT2Runner(
-        model, context_size=1024, max_running=32, prefill_tokens=2 * CHUNK, prefix_bytes=0
+        model,
+        context_size=1024,
+        max_running=32,
+        prefill_tokens=2 * CHUNK,
+        prefix_bytes=prefix_bytes,
     )
 
 
@@ -100,6 +104,59 @@ def test_part_of_a_step_run_again_gives_the_same(loaded: LoadedModel) -> None:
     parts = [runner.forward(part)[0] for part in plan.apart()]
     assert torch.equal(whole, torch.stack(parts))
     assert torch.equal(whole[[1, 3]], runner.forward(Plan((sequences[1], sequences[3]), ())))
+
+
+def kept(runner: GPT2Runner) -> tuple[int, int, int]:
+    """Sequences, rows of the cache, and chunks of earlier prompts."""
+    rows = sum(len(arena.sequences) for arena in runner.cache.arenas)
+    return runner.used, rows, len(runner.prefixes.chunks)
+
+
+@torch.inference_mode()
+def test_a_step_that_raises_half_way_keeps_nothing_and_can_be_run_again(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, runner = runner_of(loaded.model), runner_of(loaded.model, 1 << 30)
+    old, new = made(10, 1), made(70, 2)
+    for each in (clean, runner):
+        for sequence in (old, new):
+            each.forward(Plan((), (Chunk(sequence, 0, min(len(sequence), CHUNK)),)))
+    old.output_ids.append(3)
+    plan = Plan((old,), (Chunk(new, CHUNK, 70),))
+    expected = clean.forward(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.blocks[-1], "down", None)
+        with pytest.raises(AttributeError):
+            runner.forward(plan)
+    for _ in range(2):  # the sampler may raise too, when the forward pass is over
+        assert torch.equal(runner.forward(plan), expected)
+        assert kept(runner) == (2, 1, 0)
+    parts = [runner.forward(part)[0] for part in plan.apart()]
+    assert torch.equal(torch.stack(parts), expected)
+    new.output_ids.append(4)
+    plan = Plan((old, new), ())
+    expected = clean.forward(plan)
+    for _ in range(2):
+        assert torch.equal(runner.forward(plan), expected)
+        assert kept(runner) == (2, 2, 1)
+    for sequence in (old, new):
+        runner.free(sequence)
+    assert kept(runner) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "chunks"), [(Status.FINISHED, 2), (Status.CANCELLED, 0), (Status.FAILED, 0)]
+)
+@torch.inference_mode()
+def test_a_prompt_whose_first_token_is_its_last_is_kept_if_it_is_sound(
+    loaded: LoadedModel, status: Status, chunks: int
+) -> None:
+    runner = runner_of(loaded.model, 1 << 30)
+    sequence = made(130, 1)
+    prefilled(runner, sequence)
+    sequence.status = status
+    runner.free(sequence)
+    assert kept(runner) == (0, 0, chunks)
 
 
 @torch.inference_mode()

@@ -1,0 +1,117 @@
+"""How connections are opened to each kind of database: driver, pool, time-outs, durability.
+
+Every time-out follows from one number of seconds: connecting and waiting for a lock may take that
+long, a statement ``STATEMENT_FACTOR`` times as long.
+"""
+
+import math
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, event, make_url, text
+
+from sqlite_file import WriteLock, begin, watch_errors
+
+DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"} | {
+    "mysql": "mysql+pymysql",
+    "mariadb": "mariadb+pymysql",
+}
+MYSQL = ("mysql", "mariadb")
+SQLITE_POOL = 32
+SERVER_POOL = 16  # a server's connections are few: PostgreSQL has 100 for all its clients
+STATEMENT_FACTOR = 6
+LONGEST_CONNECT = 30.0
+
+
+def normalise_url(url: str) -> URL:
+    """A URL as hosting platforms write it, with the driver this service ships."""
+    parsed = make_url(url)
+    parsed = parsed.set(drivername=DRIVERS.get(parsed.drivername, parsed.drivername))
+    if parsed.get_backend_name() in MYSQL:
+        parsed = parsed.update_query_dict({"charset": "utf8mb4"})
+    return parsed
+
+
+def open_engine(
+    url: URL, lock: WriteLock | None, timeout: float, pool_size: int | None = None
+) -> Engine:
+    """``lock`` is a SQLite file's; None for a server."""
+    # Parameters are prompts and outputs: an exception must not carry them.
+    options: dict[str, Any] = {"hide_parameters": True, "pool_timeout": timeout, "max_overflow": 0}
+    if lock is not None:
+        engine = create_engine(
+            url, creator=lock.connect, pool_size=pool_size or SQLITE_POOL, **options
+        )
+        event.listen(engine, "begin", begin)
+        watch_errors(engine, lock)
+        return engine
+    options |= {"pool_size": pool_size or SERVER_POOL, "pool_pre_ping": True}
+    # Servers differ in their default; what one transaction sees must not.
+    options |= {"isolation_level": "READ COMMITTED"}
+    mysql = url.get_backend_name() in MYSQL
+    arguments = mysql_arguments(timeout) if mysql else postgres_arguments(timeout)
+    arguments = {name: value for name, value in arguments.items() if name not in url.query}
+    engine = create_engine(url, connect_args=arguments, **options)
+    set_up = set_up_mysql if mysql else set_up_postgres
+    event.listen(engine, "connect", lambda connection, _: set_up(connection, timeout))
+    return engine
+
+
+def postgres_arguments(timeout: float) -> dict[str, Any]:
+    """A server that vanished without a word is found out by what it does not confirm."""
+    return {
+        "connect_timeout": math.ceil(min(timeout, LONGEST_CONNECT)),
+        "keepalives_idle": max(1, round(timeout)),
+        "keepalives_interval": 1,
+        "keepalives_count": 5,
+        "tcp_user_timeout": round(timeout * 1000),
+    }
+
+
+def mysql_arguments(timeout: float) -> dict[str, Any]:
+    longest = timeout * (STATEMENT_FACTOR + 1)
+    return {
+        "connect_timeout": math.ceil(min(timeout, LONGEST_CONNECT)),
+        "read_timeout": longest,
+        "write_timeout": longest,
+    }
+
+
+def set_up_postgres(connection: Any, timeout: float) -> None:
+    # Not as start-up options: connection poolers refuse those.
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = {round(timeout * 1000)}")
+        cursor.execute(f"SET statement_timeout = {round(timeout * STATEMENT_FACTOR * 1000)}")
+    connection.commit()
+
+
+def set_up_mysql(connection: Any, timeout: float) -> None:
+    """Without the strict mode, MySQL would cut a text that is too long and say nothing."""
+    mariadb = "MariaDB" in connection.get_server_info()
+    statement = timeout * STATEMENT_FACTOR
+    limit = (
+        f"max_statement_time = {statement}"
+        if mariadb
+        else f"max_execution_time = {round(statement * 1000)}"
+    )
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"SET SESSION innodb_lock_wait_timeout = {math.ceil(timeout)},"
+            f" lock_wait_timeout = {math.ceil(timeout)}, {limit},"
+            " sql_mode = CONCAT(@@sql_mode, ',STRICT_ALL_TABLES')"
+        )
+    connection.commit()
+
+
+def unsafe_commits(engine: Engine) -> str | None:
+    """The server's setting by which a power cut may take acknowledged commits; None if none."""
+    unsafe: dict[str, set[str]] = {}
+    if engine.dialect.name == "postgresql":
+        unsafe = {"SHOW synchronous_commit": {"off"}, "SHOW fsync": {"off"}}
+    elif engine.dialect.name in MYSQL:
+        unsafe = {"SELECT @@innodb_flush_log_at_trx_commit": {"0", "2"}}
+    for query, values in unsafe.items():
+        with engine.connect() as connection:
+            value = str(connection.scalar(text(query)))
+        if value in values:
+            return f"{query.split()[-1].lstrip('@')} is {value}"
+    return None

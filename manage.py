@@ -1,0 +1,294 @@
+"""The operator's command line: ``python -m manage --help``.
+
+Thin: reads what was asked, calls a service, prints what came of it. It works on the database that
+DATABASE_URL names, beside a running service.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+import log
+from database import Database
+from errors import CommandError, ServiceError, StartError
+from models import LOCAL_OWNER, HistoryQuery, Record, StatisticsQuery, Status
+from services import backup, cache, erasure, history, inspection, retention, statistics, transfer
+from settings import load_settings
+
+PATIENCE_SECONDS = 60.0  # a command may wait longer than a request, its statements much longer
+
+app = typer.Typer(
+    help="Look after the records of the AI Database Service: the database is DATABASE_URL's.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+OwnerOption = Annotated[
+    str | None, typer.Option("--owner", help="Only what belongs to this owner; else everything.")
+]
+
+
+def connected() -> Database:
+    settings = load_settings()
+    return Database(
+        settings.database_url,
+        max(PATIENCE_SECONDS, settings.database_timeout_seconds),
+        unsafe_commits=settings.database_unsafe_commits,
+    )
+
+
+class Bucket(StrEnum):
+    HOUR = "hour"
+    DAY = "day"
+    ALL = "all"
+
+
+class By(StrEnum):
+    MODEL = "model"
+    USER = "user"
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[Database]:
+    """The database, if it is there and of this version. Raises StartError."""
+    database = connected()
+    try:
+        database.expect_schema()
+        yield database
+    finally:
+        database.close()
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[transfer.Progress]:
+    """A bar on standard error, where that is a terminal."""
+    columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+@app.command()
+def migrate() -> None:
+    """Make the tables, or bring them to this version."""
+    database = connected()
+    database.migrate()
+    database.close()
+    say("The database is of this version.")
+
+
+@app.command()
+def show(id: Annotated[int, typer.Argument(min=1)], owner: OwnerOption = None) -> None:
+    """Print one record as JSON."""
+    with opened() as database, database.sessions() as session:
+        record = Record.model_validate(history.find(session, owner, id))
+    typer.echo(record.model_dump_json(indent=2))
+
+
+@app.command()
+def search(
+    words: Annotated[str, typer.Argument(help='Words, "exact phrases", a beginning*, -without.')],
+    owner: Annotated[str, typer.Option(help="Whose records.")] = LOCAL_OWNER,
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 10,
+) -> None:
+    """Print the newest records that hold certain words, as JSON, one a line."""
+    with opened() as database, database.sessions() as session:
+        found, _ = history.page(session, owner, asked(q=words, limit=limit))
+        for record in found:
+            typer.echo(Record.model_validate(record).model_dump_json())
+
+
+@app.command()
+def stats(
+    owner: Annotated[str, typer.Option(help="Whose requests.")] = LOCAL_OWNER,
+    bucket: Annotated[Bucket, typer.Option(help="A line for each of these.")] = Bucket.ALL,
+    by: Annotated[By | None, typer.Option(help="A line for each model, or user.")] = None,
+) -> None:
+    """Print the last 30 days' requests, tokens, failures and latencies, as JSON, one a line."""
+    query = StatisticsQuery.model_validate({"bucket": bucket, "by": by})
+    with opened() as database, database.sessions() as session:
+        for line in statistics.statistics(session, owner, query):
+            typer.echo(line.model_dump_json())
+
+
+@app.command("export")
+def export_history(
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write to this file; what was cut off goes on after its last line."),
+    ] = None,
+    owner: OwnerOption = None,
+    user_id: Annotated[str | None, typer.Option(help="Only this user's records.")] = None,
+    status: Annotated[Status | None, typer.Option(help="Only records with this status.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Only this model's records.")] = None,
+    created_after: Annotated[str | None, typer.Option(help="Only later ones (ISO 8601).")] = None,
+    created_before: Annotated[str | None, typer.Option(help="Only earlier ones.")] = None,
+) -> None:
+    """Write the history as newline-delimited JSON: conversations, then records, one a line.
+
+    With filters, the records that all of them let through, and the conversations of those.
+    """
+    query = asked(
+        user_id=user_id,
+        status=status,
+        model_name=model_name,
+        created_after=created_after,
+        created_before=created_before,
+    )
+    with opened() as database, progress_bar("export") as progress:
+        if out is None:
+            transfer.export_to(database, sys.stdout.buffer, owner, query, progress)
+        else:
+            transfer.export_file(database, out, owner, query, progress)
+
+
+@app.command("import")
+def import_history(
+    file: Annotated[
+        Path | None, typer.Argument(help="Standard input when left out.", exists=True)
+    ] = None,
+    skip_broken: Annotated[
+        bool, typer.Option(help="Leave broken lines out, naming each, instead of stopping.")
+    ] = False,
+) -> None:
+    """Bring in what an export wrote. What is there stays as it is: twice changes nothing."""
+    skip = say if skip_broken else None
+    with opened() as database, source(file) as (lines, size), progress_bar("import") as progress:
+        done = transfer.Importer(database, skip).run(lines, progress, size)
+    say(
+        f"{done.records} records and {done.conversations} conversations came in,"
+        f" {done.present} were there, {done.broken} lines were left out."
+    )
+
+
+@app.command("backup")
+def back_up(file: Annotated[Path, typer.Argument(help="Must not be there yet.")]) -> None:
+    """Copy the whole database while it is used, and look the copy over.
+
+    For PostgreSQL and MySQL, their own programs (pg_dump, mysqldump) must be on the PATH.
+    """
+    with opened() as database, progress_bar("backup") as progress:
+        backup.back_up(database, file, progress)
+    say(f"{file} holds everything that was stored when the backup began.")
+
+
+@app.command()
+def restore(file: Annotated[Path, typer.Argument(help="What `backup` made.")]) -> None:
+    """Fill an empty database from a backup. Nothing that is there is ever replaced."""
+    database = connected()
+    try:
+        with progress_bar("restore") as progress:
+            records = backup.restore(database, file, progress)
+    finally:
+        database.close()
+    say(f"The database has {records} records.")
+
+
+@app.command("retention")
+def remove_old(
+    dry_run: Annotated[bool, typer.Option(help="Only count what would go.")] = False,
+) -> None:
+    """Remove what RETENTION_DAYS and RETENTION_BODY_DAYS no longer keep. A service does so itself.
+
+    Pinned records stay, and what is in progress.
+    """
+    settings = load_settings()
+    days, body_days = settings.retention_days, settings.retention_body_days
+    if days is None and body_days is None:
+        raise CommandError("Neither RETENTION_DAYS nor RETENTION_BODY_DAYS is set: all is kept.")
+    limits = retention.Limits.of(days, body_days)
+    with opened() as database:
+        if dry_run:
+            removed = retention.count(database, limits)
+        else:
+            found = retention.Retention(database, days, body_days).run(limits)
+            if found is None:
+                raise CommandError("Another process is removing what is old at this moment.")
+            removed = found
+    for name, number in dataclasses.asdict(removed).items():
+        typer.echo(f"{name}: {number}")
+
+
+@app.command()
+def erase(
+    user: Annotated[str, typer.Argument(help="A `user_id`.")], owner: OwnerOption = None
+) -> None:
+    """Delete every record of a user, and the conversations that were theirs alone.
+
+    Pinned and running ones too. A SQLite file is written anew so that nothing of it is left there,
+    which holds up writers while it lasts. Backups stay as they are.
+    """
+    settings = load_settings()
+    lifetime = timedelta(seconds=settings.cache_ttl_seconds)
+    pointers = cache.Pointers(settings.redis_url, lifetime) if settings.redis_url else None
+    with opened() as database:
+        if pointers is None:
+            erased = erasure.erase(database, owner, user)
+        else:
+            erased = erasure.erase(database, owner, user, forget=pointers.forget)
+    for name, number in dataclasses.asdict(erased).items():
+        typer.echo(f"{name}: {number}")
+
+
+@app.command()
+def check() -> None:
+    """Look the database over: damage, indexes, links, records left open. Status 1 if any."""
+    wrong = 0
+    with opened() as database:
+        for name, found in inspection.problems(database):
+            typer.echo(f"{name}: {'; '.join(found) or 'ok'}")
+            wrong += len(found)
+    raise typer.Exit(1 if wrong else 0)
+
+
+@contextlib.contextmanager
+def source(file: Path | None) -> Iterator[tuple[BinaryIO, int]]:
+    if file is None:
+        yield sys.stdin.buffer, 0
+        return
+    with file.open("rb") as opened_file:
+        yield opened_file, file.stat().st_size
+
+
+def asked(**filters: object) -> HistoryQuery:
+    try:
+        return HistoryQuery.model_validate(filters)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CommandError(f"{first['loc'][0]}: {first['msg']}") from None
+
+
+def say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def main() -> None:
+    """Run a command; what goes wrong is one line on standard error, and exit status 1."""
+    log.configure("console", "ERROR")
+    try:
+        app(prog_name="python -m manage")
+    except BrokenPipeError:  # whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (StartError, CommandError) as error:
+        sys.exit(str(error))
+    except ServiceError as error:
+        sys.exit(error.detail)
+
+
+if __name__ == "__main__":
+    main()

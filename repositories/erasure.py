@@ -1,0 +1,61 @@
+"""Queries that take a person out: every record of a user, and the conversations they held."""
+
+from dataclasses import dataclass, field
+
+from sqlalchemy import ColumnElement, and_, delete, func, select
+from sqlalchemy.orm import Session
+
+from models import Conversation, GenerationRecord
+from repositories import records, retention
+
+
+@dataclass
+class Taken:
+    """What a batch took out, and by which keys the cache may have pointed at it."""
+
+    records: int = 0
+    conversations: int = 0
+    cache_keys: list[str] = field(default_factory=list)
+
+
+def of_user(owner_id: str | None, user_id: str) -> ColumnElement[bool]:
+    mine = GenerationRecord.user_id == user_id
+    return mine if owner_id is None else and_(GenerationRecord.owner_id == owner_id, mine)
+
+
+def take_out(session: Session, owner_id: str | None, user_id: str, count: int) -> Taken:
+    """Delete the first records of a user, in whatever state; a conversation that holds none any
+    more goes too, and one that a user began loses what its title was made of.
+    """
+    record = GenerationRecord
+    found = session.execute(
+        select(record.id, record.conversation_id, record.cache_key)
+        .where(of_user(owner_id, user_id))
+        .order_by(record.id)
+        .limit(count)
+        .with_for_update()
+    ).all()
+    ids = [id for id, _, _ in found]
+    threads = {thread for _, thread, _ in found if thread is not None}
+    begun = begun_by(session, threads, ids)
+    taken = Taken(records.remove_all(session, ids))
+    taken.cache_keys = [key for _, _, key in found if key is not None]
+    taken.conversations = remove_empty(session, threads)
+    retention.remove_titles(session, sorted(begun), Conversation.id.in_(begun))
+    return taken
+
+
+def begun_by(session: Session, threads: set[int], ids: list[int]) -> set[int]:
+    """Conversations whose first message is one of the records."""
+    thread = GenerationRecord.conversation_id
+    first = select(thread).where(thread.in_(threads)).group_by(thread)
+    return set(session.scalars(first.having(func.min(GenerationRecord.id).in_(ids))))
+
+
+def remove_empty(session: Session, threads: set[int]) -> int:
+    """Their rows are held first: who is about to say something in one has said it, or waits."""
+    held = select(Conversation.id).where(Conversation.id.in_(threads)).order_by(Conversation.id)
+    session.execute(held.with_for_update())
+    holds = select(GenerationRecord.id).where(GenerationRecord.conversation_id == Conversation.id)
+    statement = delete(Conversation).where(Conversation.id.in_(threads), ~holds.exists())
+    return records.changed(session, statement.execution_options(synchronize_session=False))

@@ -1,0 +1,230 @@
+"""The search index: which records, and which conversations by their titles, hold certain words.
+
+What is indexed are the words that ``words`` makes, and what is asked for are such words, so each
+database finds the same. How the index is kept differs:
+
+    SQLite       FTS5 without the text; triggers take out what is deleted or changed, with the
+                 words made once more from the old row
+    PostgreSQL   a tsvector under a GIN index, gone with its row (foreign key)
+    MySQL        the words as ASCII under a FULLTEXT index, gone with its row (foreign key);
+                 InnoDB leaves out short, frequent and over-long words, so each gets a beginning,
+                 and a long one its first part beside it
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    ColumnClause,
+    ColumnElement,
+    Select,
+    TableClause,
+    bindparam,
+    cast,
+    column,
+    delete,
+    func,
+    insert,
+    not_,
+    select,
+    table,
+)
+from sqlalchemy.dialects.mysql import match
+from sqlalchemy.dialects.postgresql import TSQUERY, TSVECTOR
+from sqlalchemy.orm import Session
+
+from words import Term
+
+NEWEST = 4096  # ids that PostgreSQL looks through before it collects all there are
+LONGEST_KEY = 80  # InnoDB's is 84
+
+
+@dataclass(frozen=True)
+class Index:
+    name: str
+    key: str
+
+
+RECORDS = Index("record_search", "record_id")
+TITLES = Index("title_search", "conversation_id")
+
+
+def put(session: Session, index: Index, rows: Iterable[tuple[int, str]]) -> None:
+    """Index what is not in the index: ids, and the words of each with spaces between."""
+    kind = dialect(session)
+    found = index_table(index, kind)
+    value: Any = bindparam("found_words")
+    statement = insert(found).values(
+        {
+            key_name(index, kind): bindparam("id"),
+            "words": cast(value, TSVECTOR) if kind == "postgresql" else value,
+        }
+    )
+    values = [{"id": row_id, "found_words": stored(words, kind)} for row_id, words in rows]
+    if values:
+        session.connection().execute(statement, values)
+
+
+def drop(session: Session, index: Index, ids: Sequence[int]) -> None:
+    """Take rows out that have changed. (A deleted row takes itself out.)"""
+    kind = dialect(session)
+    if kind != "sqlite":  # its triggers have done so
+        found = index_table(index, kind)
+        session.execute(delete(found).where(found.c[index.key].in_(ids)))
+
+
+def hits(
+    session: Session,
+    index: Index,
+    asked: tuple[Sequence[Term], Sequence[str]],
+    limit: int,
+    below: int | None = None,
+    above: int = 0,
+) -> list[int]:
+    """The newest ids between two, at most ``limit``: all terms of ``asked`` and all its marks."""
+    kind = dialect(session)
+    if kind == "postgresql":
+        return newest_first(session, index, asked, limit, below, above)
+    key: ColumnClause[int] = column(key_name(index, kind))
+    statement = matching(session, index, asked).where(key > above)
+    if below is not None:
+        statement = statement.where(key < below)
+    return list(session.scalars(statement.order_by(key.desc()).limit(limit)))
+
+
+def newest_first(
+    session: Session,
+    index: Index,
+    asked: tuple[Sequence[Term], Sequence[str]],
+    limit: int,
+    below: int | None,
+    above: int,
+) -> list[int]:
+    """PostgreSQL: a GIN index gives all hits in no order. A word that is in every twentieth
+    record is found among the newest ones; where few of those match, all hits are not many."""
+    if below is None:
+        newest = index_table(index, "postgresql").c[index.key]
+        below = (session.scalar(select(func.max(newest))) or 0) + 1
+    key: ColumnClause[int] = column(index.key)
+    middle = max(above, below - NEWEST)
+    statement = matching(session, index, asked)
+    near = statement.where(key < below, key > middle).order_by(key.desc()).limit(limit)
+    found: list[int] = list(session.scalars(near))
+    if len(found) < limit and middle > above:
+        every = statement.where(key <= middle, key > above)
+        far = every.cte("far").prefix_with("MATERIALIZED", dialect="postgresql")
+        last: ColumnElement[int] = far.c[index.key]
+        found += session.scalars(select(last).order_by(last.desc()).limit(limit - len(found)))
+    return found
+
+
+def matching(
+    session: Session, index: Index, asked: tuple[Sequence[Term], Sequence[str]]
+) -> Select[tuple[int]]:
+    """The ids of all rows that have these words and marks, in no order."""
+    terms, marks = asked
+    kind = dialect(session)
+    found = index_table(index, kind)
+    statement: Select[tuple[int]] = select(found.c[key_name(index, kind)])
+    if kind == "sqlite":
+        return statement.where(column(index.name).op("MATCH")(fts5(terms, marks)))
+    if kind == "postgresql":
+        return statement.where(found.c.words.op("@@")(cast(tsquery(terms, marks), TSQUERY)))
+    statement = statement.where(
+        match(found.c.words, against=boolean(terms, marks)).in_boolean_mode()
+    )
+    for term in terms:
+        if term.excluded or not is_key(term):
+            there = func.locate(ascii_phrase(term), found.c.words) > 0
+            statement = statement.where(not_(there) if term.excluded else there)
+    return statement
+
+
+def dialect(session: Session) -> str:
+    return session.get_bind().dialect.name
+
+
+def key_name(index: Index, kind: str) -> str:
+    return "rowid" if kind == "sqlite" else index.key
+
+
+def index_table(index: Index, kind: str) -> TableClause:
+    return table(index.name, column(key_name(index, kind)), column("words"))
+
+
+def stored(words: str, kind: str) -> str:
+    if kind == "sqlite":
+        return words
+    return tsvector(words.split()) if kind == "postgresql" else ascii_words(words.split())
+
+
+# SQLite.
+
+
+def fts5(terms: Sequence[Term], marks: Sequence[str]) -> str:
+    wanted = [fts5_term(term) for term in terms if not term.excluded]
+    without = [f" NOT {fts5_term(term)}" for term in terms if term.excluded]
+    return f"({' AND '.join([*wanted, *marks])}){''.join(without)}"
+
+
+def fts5_term(term: Term) -> str:
+    return f'"{" ".join(term.words)}"{" *" if term.prefix else ""}'
+
+
+# PostgreSQL.
+
+
+def tsvector(words: Sequence[str]) -> str:
+    return " ".join(
+        word if word.startswith("_") else f"'{word}':{place}"
+        for place, word in enumerate(words, start=1)
+    )
+
+
+def tsquery(terms: Sequence[Term], marks: Sequence[str]) -> str:
+    return " & ".join([*map(tsquery_term, terms), *marks])
+
+
+def tsquery_term(term: Term) -> str:
+    phrase = " <-> ".join(f"'{word}'" for word in term.words) + (":*" if term.prefix else "")
+    return f"!({phrase})" if term.excluded else f"({phrase})"
+
+
+# MySQL and MariaDB.
+
+
+def ascii_word(word: str) -> str:
+    """A word in letters that InnoDB takes for a word's: different words stay different, and a
+    beginning stays a beginning."""
+    if word.startswith("_"):
+        return word
+    plain = "".join(c if c.isascii() else f"_{ord(c):x}_" for c in word)
+    return f"zz{plain}"
+
+
+def ascii_words(words: Sequence[str]) -> str:
+    """With a space at either end, so that whole words can be looked for."""
+    found = [ascii_word(word) for word in words]
+    parts = {word[:LONGEST_KEY] for word in found if len(word) > LONGEST_KEY}
+    return f" {' '.join([*found, *sorted(parts)])} "
+
+
+def ascii_phrase(term: Term) -> str:
+    phrase = " " + " ".join(map(ascii_word, term.words))
+    return phrase if term.prefix else f"{phrase} "
+
+
+def is_key(term: Term) -> bool:
+    """Whether the FULLTEXT index alone can say that it is there."""
+    return len(term.words) == 1 and len(ascii_word(term.words[0])) <= LONGEST_KEY
+
+
+def boolean(terms: Sequence[Term], marks: Sequence[str]) -> str:
+    keys = [f"+{mark}" for mark in marks]
+    for term in terms:
+        if not term.excluded:
+            words = [ascii_word(word)[:LONGEST_KEY] for word in term.words]
+            keys += [f"+{word}" for word in words[:-1]]
+            keys.append(f"+{words[-1]}{'*' if term.prefix else ''}")
+    return " ".join(keys)

@@ -1,0 +1,136 @@
+"""Queries that move whole tables: rows in batches by id, and rows with the ids they had elsewhere.
+
+An owner of None is every owner: these are the operator's.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Row, Select, Table, func, insert, select, text
+from sqlalchemy.orm import Session, aliased
+
+from models import TERMINAL, Base, Conversation, GenerationRecord, HistoryQuery
+from repositories import blocks, records, search, usage
+from repositories.records import filtered
+from words import title_words
+
+Rows = Sequence[dict[str, Any]]
+TEXTS = ("prompt", "completion")
+
+
+def last_record(session: Session) -> int:
+    return session.scalar(select(func.max(GenerationRecord.id))) or 0
+
+
+def count_records(session: Session) -> int:
+    return session.scalar(select(func.count()).select_from(GenerationRecord)) or 0
+
+
+def records_between(
+    session: Session,
+    owner_id: str | None,
+    query: HistoryQuery,
+    after: int,
+    through: int,
+    count: int,
+) -> Sequence[Row[Any]]:
+    """The first ``count`` records with ``after`` < id <= ``through``, by id.
+
+    An answer from the cache comes with the text that it shows.
+    """
+    own, source = GenerationRecord.__table__.c, aliased(GenerationRecord.__table__).c
+    texts = [func.coalesce(source[name], own[name]).label(name) for name in TEXTS]
+    columns = [column for column in own if column.name not in TEXTS]
+    statement = wanted_records(select(*columns, *texts), owner_id, query)
+    statement = statement.outerjoin(source.id.table, source.id == own.source_id)
+    statement = statement.where(GenerationRecord.id > after, GenerationRecord.id <= through)
+    return session.execute(statement.order_by(GenerationRecord.id).limit(count)).all()
+
+
+def conversations_after(
+    session: Session, owner_id: str | None, query: HistoryQuery, after: int, count: int
+) -> Sequence[Row[Any]]:
+    """The first ``count`` conversations with a greater id than ``after``, by id.
+
+    Where the query wants some records only, those conversations that hold one of them.
+    """
+    statement = select(*Conversation.__table__.c).where(Conversation.id > after)
+    if owner_id is not None:
+        statement = statement.where(Conversation.owner_id == owner_id)
+    if query.model_dump(exclude={"limit", "order"}, exclude_none=True):
+        held = wanted_records(select(GenerationRecord.id), owner_id, query)
+        statement = statement.where(
+            held.where(GenerationRecord.conversation_id == Conversation.id).exists()
+        )
+    return session.execute(statement.order_by(Conversation.id).limit(count)).all()
+
+
+def wanted_records(
+    statement: Select[Any], owner_id: str | None, query: HistoryQuery
+) -> Select[Any]:
+    if owner_id is not None:
+        statement = statement.where(GenerationRecord.owner_id == owner_id)
+    return filtered(statement, query)
+
+
+def known(
+    session: Session, kind: type[Base], ids: Iterable[int]
+) -> dict[int, tuple[str, datetime]]:
+    """Owner and creation of those rows that are there: what tells one row from another."""
+    table = table_of(kind)
+    found = session.execute(
+        select(table.c.id, table.c.owner_id, table.c.created_at).where(table.c.id.in_(list(ids)))
+    )
+    return {id: (owner, created) for id, owner, created in found}
+
+
+def texts(session: Session, ids: Iterable[int]) -> dict[int, tuple[str, str, str]]:
+    """Owner, prompt and completion of those records that have a text of their own."""
+    own = GenerationRecord
+    found = session.execute(
+        select(own.id, own.owner_id, own.own_prompt, own.own_completion).where(
+            own.id.in_(list(ids)), own.source_id.is_(None)
+        )
+    )
+    return {id: (owner, prompt, completion) for id, owner, prompt, completion in found}
+
+
+def add(session: Session, kind: type[Base], rows: Rows) -> None:
+    """Insert rows with their own ids, and let them be found by their words."""
+    if not rows:
+        return
+    session.connection().execute(insert(table_of(kind)), rows)
+    if kind is Conversation:
+        titles = [(row["id"], title_words(row["title"], row["owner_id"])) for row in rows]
+        search.put(session, search.TITLES, titles)
+    elif kind is GenerationRecord:
+        blocks.note(session, [(row["id"], row["created_at"]) for row in rows])
+        ended = [row for row in rows if row["status"] in TERMINAL]
+        search.put(session, search.RECORDS, records.searchable(ended))
+        usage.note(session, ended)
+
+
+def go_on_after(session: Session, kind: type[Base], last_id: int) -> None:
+    """New rows get greater ids from here on.
+
+    The other databases see to it themselves. The lock keeps inserts, which would take ids, out.
+    """
+    if session.get_bind().dialect.name != "postgresql":
+        return
+    table = table_of(kind).name
+    sequence = session.scalar(text("SELECT pg_get_serial_sequence(:table, 'id')"), {"table": table})
+    current = text(f"SELECT last_value FROM {sequence}")  # noqa: S608 - the database named it
+    if session.scalar(current) >= last_id:
+        return
+    session.execute(text(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE"))
+    session.execute(
+        text("SELECT setval(:sequence, :last) WHERE :last > (" + current.text + ")"),
+        {"sequence": sequence, "last": last_id},
+    )
+
+
+def table_of(kind: type[Base]) -> Table:
+    table = kind.__table__
+    assert isinstance(table, Table)
+    return table

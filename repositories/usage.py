@@ -1,0 +1,229 @@
+"""Queries on ``usage`` and ``usage_deltas``: what happened, counted.
+
+A request is noted where it ends, in the transaction that ends it, as a row of its own: nobody
+waits for a sum that others write as well. ``fold`` adds such rows to the sums in one transaction.
+``between`` reads both in one statement, so what is noted counts at once, and once.
+"""
+
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    Row,
+    RowMapping,
+    delete,
+    func,
+    insert,
+    literal,
+    null,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.orm import Session
+
+from models import Status, Usage, UsageDelta, UsageKind
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+FAILURES = (Status.FAILED, Status.INCOMPLETE)
+COUNTED = (
+    "requests",
+    "failures",
+    "cancelled",
+    "cached",
+    "prompt_tokens",
+    "completion_tokens",
+)
+
+
+class Key(NamedTuple):
+    """Which sum."""
+
+    owner_id: str
+    kind: str
+    hour: int
+    name: str
+
+
+@dataclass
+class Sums:
+    counts: Counter[str] = field(default_factory=Counter)
+    latencies: Counter[int] = field(default_factory=Counter)  # milliseconds: how many took so long
+
+    def add(self, row: Any, packed_latencies: bytes | None = None) -> None:
+        """A sum, or one request's."""
+        for name in COUNTED:
+            self.counts[name] += getattr(row, name)
+        if packed_latencies is not None:
+            self.latencies.update(unpacked(packed_latencies))
+        elif row.duration_ms is not None:
+            self.latencies[row.duration_ms] += 1
+
+
+def packed(latencies: Mapping[int, int]) -> bytes:
+    """The values in order, then how often each was seen: 32 bits each."""
+    values = sorted(latencies)
+    return struct.pack(f"<{2 * len(values)}I", *values, *(latencies[value] for value in values))
+
+
+def unpacked(content: bytes) -> dict[int, int]:
+    numbers = struct.unpack(f"<{len(content) // 4}I", content)
+    half = len(numbers) // 2
+    return dict(zip(numbers[:half], numbers[half:], strict=True))
+
+
+def note(session: Session, ended: Iterable[RowMapping | Mapping[str, Any]]) -> None:
+    """Count records that have just ended."""
+    rows = [
+        {
+            "owner_id": row["owner_id"],
+            "user_id": row["user_id"],
+            "model_name": row["model_name"],
+            "created_at": row["created_at"],
+            "requests": 1,
+            "failures": int(row["status"] in FAILURES),
+            "cancelled": int(row["status"] == Status.CANCELLED),
+            "cached": int(row["source_id"] is not None),
+            "prompt_tokens": row["prompt_tokens"],
+            "completion_tokens": row["completion_tokens"],
+            "duration_ms": row["duration_ms"],
+        }
+        for row in ended
+    ]
+    if rows:
+        session.connection().execute(insert(UsageDelta), rows)
+
+
+def fold(session: Session, count: int) -> int:
+    """Add at most ``count`` of what was noted to the sums; how much that was.
+
+    One process at a time: nothing happens while another does so.
+    """
+    turn = select(Usage.kind).where(Usage.kind == UsageKind.LOCK)
+    if session.scalar(turn.with_for_update(skip_locked=True)) is None:
+        return 0
+    deltas = session.scalars(select(UsageDelta).order_by(UsageDelta.id).limit(count)).all()
+    sums: dict[Key, Sums] = {}
+    for delta in deltas:
+        for key in keys_of(delta):
+            sums.setdefault(key, Sums()).add(delta)
+    for key, found in sums.items():
+        add_to(session, key, found)
+    session.flush()
+    session.execute(
+        delete(UsageDelta)
+        .where(UsageDelta.id.in_([delta.id for delta in deltas]))
+        .execution_options(synchronize_session=False)
+    )
+    session.expunge_all()
+    return len(deltas)
+
+
+def is_noted(session: Session) -> bool:
+    """Whether there is something to add."""
+    return session.scalar(select(UsageDelta.id).limit(1)) is not None
+
+
+def hour_of(moment: datetime) -> int:
+    """Whole hours since 1970."""
+    return (moment - EPOCH) // timedelta(hours=1)
+
+
+def keys_of(delta: UsageDelta) -> list[Key]:
+    hour = hour_of(delta.created_at)
+    day = hour // 24 * 24
+    return [
+        Key(delta.owner_id, UsageKind.MODEL_HOUR, hour, delta.model_name),
+        Key(delta.owner_id, UsageKind.MODEL_DAY, day, delta.model_name),
+        Key(delta.owner_id, UsageKind.USER_DAY, day, delta.user_id or ""),
+    ]
+
+
+def add_to(session: Session, key: Key, sums: Sums) -> None:
+    found = session.get(Usage, tuple(key))
+    if found is None:
+        content = packed(sums.latencies)
+        session.add(Usage(**key._asdict(), **sums.counts, latencies=content))
+    else:
+        for name in COUNTED:
+            setattr(found, name, getattr(found, name) + sums.counts[name])
+        found.latencies = packed(sums.latencies + Counter(unpacked(found.latencies)))
+
+
+def between(
+    session: Session,
+    owner_id: str,
+    kind: UsageKind,
+    first: datetime,
+    last: datetime,
+    names: Sequence[str] | None = None,
+) -> Sequence[Row[Any]]:
+    """Sums and single requests with first <= their time < last, of all names or of some."""
+    by_user = kind is UsageKind.USER_DAY
+    name = func.coalesce(UsageDelta.user_id, "") if by_user else UsageDelta.model_name
+    sums = select(
+        Usage.hour.label("hour"),
+        literal(None, UsageDelta.created_at.type).label("created_at"),
+        Usage.name.label("name"),
+        *(getattr(Usage, column).label(column) for column in COUNTED),
+        Usage.latencies.label("latencies"),
+        literal(None, UsageDelta.duration_ms.type).label("duration_ms"),
+    ).where(
+        Usage.owner_id == owner_id,
+        Usage.kind == kind,
+        Usage.hour >= hour_of(first),
+        Usage.hour < hour_of(last),
+    )
+    single = select(
+        null(),
+        UsageDelta.created_at,
+        name,
+        *(getattr(UsageDelta, column) for column in COUNTED),
+        null(),
+        UsageDelta.duration_ms,
+    ).where(
+        UsageDelta.owner_id == owner_id,
+        UsageDelta.created_at >= first,
+        UsageDelta.created_at < last,
+    )
+    if names is not None:
+        sums, single = sums.where(Usage.name.in_(names)), single.where(name.in_(names))
+    return session.execute(union_all(sums, single)).all()
+
+
+def busiest_users(
+    session: Session, owner_id: str, first: datetime, last: datetime, count: int
+) -> list[str]:
+    """The users with the most requests; the empty name is of requests without one."""
+    statement = (
+        select(Usage.name)
+        .where(
+            Usage.owner_id == owner_id,
+            Usage.kind == UsageKind.USER_DAY,
+            Usage.hour >= hour_of(first),
+            Usage.hour < hour_of(last),
+        )
+        .group_by(Usage.name)
+        .order_by(func.sum(Usage.requests).desc(), Usage.name)
+        .limit(count)
+    )
+    return list(session.scalars(statement))
+
+
+def forget_user(session: Session, owner_id: str | None, user_id: str) -> int:
+    """Remove a person's own sums; what all did together stays. How many sums there were.
+
+    An owner of None is every owner.
+    """
+    single = update(UsageDelta).where(UsageDelta.user_id == user_id)
+    theirs = delete(Usage).where(Usage.kind == UsageKind.USER_DAY, Usage.name == user_id)
+    if owner_id is not None:
+        single = single.where(UsageDelta.owner_id == owner_id)
+        theirs = theirs.where(Usage.owner_id == owner_id)
+    session.execute(single.values(user_id=None).execution_options(synchronize_session=False))
+    found = session.execute(theirs.execution_options(synchronize_session=False))
+    return int(found.rowcount)  # type: ignore[attr-defined]

@@ -1,0 +1,58 @@
+"""What a search shows: matches in the order of how well they match, and the text around them."""
+
+from collections.abc import Sequence
+
+from sqlalchemy.orm import Session
+
+from errors import InvalidRequestError
+from models import Conversation, GenerationRecord, HistoryQuery
+from repositories import conversations, records
+from words import Term, is_match, parse_search, record_text, snippet, words
+
+MOST_RANKED = 1000
+SATURATION = 1.2  # BM25's k1 and b, and a length that stands for the average's
+LENGTH_WEIGHT = 0.75
+USUAL_LENGTH = 100  # words
+
+
+def ranked_page(
+    session: Session, owner_id: str, query: HistoryQuery
+) -> tuple[list[GenerationRecord], bool]:
+    """The best of the newest matches, and whether more follow. Raises InvalidRequestError."""
+    terms = [term for term in parse_search(query.q or "") if not term.excluded]
+    everything = query.model_copy(update={"after": None, "limit": MOST_RANKED})
+    found, _ = records.page(session, owner_id, everything)
+    found.sort(key=lambda record: (-score(text_of(record), terms), -record.id))
+    start = 0
+    if query.after is not None:
+        places = {record.id: place for place, record in enumerate(found)}
+        if query.after not in places:
+            raise InvalidRequestError("The record in `after` is no longer among the best matches.")
+        start = places[query.after] + 1
+    return found[start : start + query.limit], len(found) > start + query.limit
+
+
+def score(text: str, terms: Sequence[Term]) -> float:
+    """BM25 without the rareness of words: alike for whoever asks, whatever else is stored."""
+    found = words(text)
+    size = SATURATION * (1 - LENGTH_WEIGHT + LENGTH_WEIGHT * len(found) / USUAL_LENGTH)
+    return sum(count / (count + size) for term in terms if (count := term.count(found)))
+
+
+def text_of(record: GenerationRecord) -> str:
+    return record_text(record.prompt, record.completion, record.conversation_id)
+
+
+def record_snippet(record: GenerationRecord, q: str) -> str:
+    return snippet(text_of(record), parse_search(q))
+
+
+def conversation_snippet(
+    session: Session, owner_id: str, conversation: Conversation, q: str
+) -> str | None:
+    """Of the title, or of the newest message that matches."""
+    terms = parse_search(q)
+    if is_match(conversation.title, terms):
+        return snippet(conversation.title, terms)
+    message = conversations.newest_match(session, owner_id, conversation.id, terms)
+    return None if message is None else snippet(text_of(message), terms)

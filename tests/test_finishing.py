@@ -1,0 +1,138 @@
+"""Endings that come together are stored together, and none is lost to another."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+from database import Database
+from errors import ConflictError
+from models import FinishReason, GenerationRecord, Status
+from repositories import records
+from services.crowds import Crowds, SpoiltError
+from services.endings import Ending
+from services.finishing import Finisher
+from services.leases import LeaseKeeper
+from tests.test_history import OWNER, insert
+
+
+def accepted(session: Session, count: int) -> list[GenerationRecord]:
+    ids = [insert(session, status=Status.IN_PROGRESS, completion="") for _ in range(count)]
+    found = [records.get(session, OWNER, record_id) for record_id in ids]
+    session.expunge_all()
+    session.rollback()
+    return [record for record in found if record is not None]
+
+
+def finisher_of(database: Database) -> Finisher:
+    return Finisher(database, Crowds(database), LeaseKeeper(database))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@contextmanager
+def held_up(finisher: Finisher) -> Iterator[None]:
+    """What is finished meanwhile waits, and then comes all at once."""
+    go = threading.Event()
+    finisher.crowds.writer.submit(go.wait, 20)
+    try:
+        yield
+    finally:
+        go.set()
+
+
+def finished(
+    database: Database, finisher: Finisher, found: Sequence[GenerationRecord], spoilt: int = -1
+) -> list[Future[GenerationRecord]]:
+    """Finish all at once; the one at place ``spoilt`` with a number that no column holds."""
+
+    def finish(place: int) -> GenerationRecord:
+        tokens = 2**70 if place == spoilt else place
+        ending = Ending(Status.COMPLETED, FinishReason.LENGTH, f"text {place}", tokens)
+        with database.sessions() as session:
+            return finisher.finish(session, found[place], ending, 1.0)
+
+    with ThreadPoolExecutor(len(found)) as pool:
+        with held_up(finisher):
+            futures = [pool.submit(finish, place) for place in range(len(found))]
+            wait_for(lambda: len(finisher.crowds.waiting) == len(found))
+        return futures
+
+
+def texts(session: Session, found: Sequence[GenerationRecord]) -> list[str | None]:
+    stored = [records.get(session, OWNER, record.id) for record in found]
+    return [record.completion if record else None for record in stored]
+
+
+def test_endings_that_come_together_are_one_commit(database: Database, session: Session) -> None:
+    found = accepted(session, 8)
+    commits: list[object] = []
+    event.listen(database.engine, "commit", commits.append)
+    futures = finished(database, finisher_of(database), found)
+    assert [future.result().id for future in futures] == [record.id for record in found]
+    assert len(commits) == 1
+    assert texts(session, found) == [f"text {place}" for place in range(8)]
+
+
+def test_an_ending_that_cannot_be_stored_takes_no_other_with_it(
+    database: Database, session: Session
+) -> None:
+    found = accepted(session, 4)
+    futures = finished(database, finisher_of(database), found, spoilt=1)
+    with pytest.raises(Exception):  # noqa: B017  (each driver has its own)
+        futures[1].result()
+    assert [futures[place].result().status for place in (0, 2, 3)] == [Status.COMPLETED] * 3
+    assert texts(session, found) == ["text 0", "", "text 2", "text 3"]
+
+
+def test_a_row_that_was_closed_before_is_told_to_its_own_request_alone(
+    database: Database, session: Session
+) -> None:
+    found = accepted(session, 3)
+    finisher = finisher_of(database)
+    finished(database, finisher, found[2:])
+    futures = finished(database, finisher, found)
+    assert [futures[place].result().completion for place in (0, 1)] == ["text 0", "text 1"]
+    with pytest.raises(ConflictError):
+        futures[2].result()
+    assert texts(session, found) == ["text 0", "text 1", "text 0"]
+
+
+def test_when_one_write_of_a_crowd_fails_nothing_of_it_is_stored(
+    database: Database, session: Session
+) -> None:
+    crowds = Crowds(database)
+    go = threading.Event()
+
+    found = accepted(session, 3)
+
+    def end(place: int, divisor: int) -> bool:
+        ending = {"status": Status.COMPLETED, "completion_tokens": 8}
+
+        def work(shared: Session) -> bool:
+            stored = records.finish(shared, OWNER, found[place].id, **ending)
+            return stored and 1 // divisor == 1
+
+        return crowds.write(work, found[place].id)
+
+    with ThreadPoolExecutor(3) as pool:
+        crowds.writer.submit(go.wait, 20)
+        futures = [pool.submit(end, place, place != 1) for place in range(3)]
+        wait_for(lambda: len(crowds.waiting) == 3)
+        go.set()
+    for future in futures:
+        with pytest.raises(SpoiltError):
+            future.result()
+    with pytest.raises(ZeroDivisionError):
+        end(0, 0)
+    assert [end(place, 1) for place in range(3)] == [True] * 3

@@ -1,0 +1,180 @@
+"""Asked twice with one Idempotency-Key, done once; on every database."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import update
+
+from database import transaction
+from models import FinishReason, GenerationRecord, Status
+from repositories import records
+from tests.service import sessions_of
+from tests.sse import Event, events, text_of
+
+BODY: dict[str, Any] = {"prompt": "Once upon a time", "max_length": 30}
+ROUTES = ["/generate", "/generate/stream"]
+
+
+@pytest.fixture
+def key(request: pytest.FixtureRequest) -> str:
+    return f"key of {request.node.name}"
+
+
+def post(client: TestClient, key: str, route: str = "/generate", **body: Any) -> Any:
+    return client.post(route, json=BODY | body, headers={"Idempotency-Key": key})
+
+
+def stream(client: TestClient, key: str) -> tuple[Any, list[Event]]:
+    answer = post(client, key, "/generate/stream")
+    return answer, list(events(answer.text.splitlines()))
+
+
+def stored(client: TestClient, key: str) -> list[GenerationRecord]:
+    with sessions_of(client)() as session:
+        found = session.query(GenerationRecord).where(GenerationRecord.idempotency_key == key)
+        return list(found)
+
+
+def rewrite(client: TestClient, record_id: int, **values: Any) -> None:
+    with sessions_of(client)() as session, transaction(session):
+        session.execute(
+            update(GenerationRecord).where(GenerationRecord.id == record_id).values(**values)
+        )
+
+
+def test_the_same_request_gets_the_same_record(service: TestClient, key: str) -> None:
+    first, second = post(service, key), post(service, key)
+    assert second.status_code == 200
+    assert second.json() == first.json()
+    assert "Idempotency-Replayed" not in first.headers
+    assert second.headers["Idempotency-Replayed"] == "true"
+    assert len(stored(service, key)) == 1
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_another_request_with_the_key_is_422(service: TestClient, key: str, route: str) -> None:
+    post(service, key)
+    answer = post(service, key, route, prompt="There was a king")
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "idempotency_key_reused"
+
+
+def test_the_key_on_another_route_is_422(service: TestClient, key: str) -> None:
+    post(service, key)
+    assert post(service, key, "/generate/stream").status_code == 422
+
+
+def test_requests_at_once_are_done_once(service: TestClient, key: str) -> None:
+    with ThreadPoolExecutor(10) as clients:
+        answers = list(clients.map(lambda _: post(service, key, max_length=120), range(10)))
+    done = [answer.json() for answer in answers if answer.status_code == 200]
+    assert done
+    assert all(record == done[0] for record in done)
+    for answer in answers:
+        if answer.status_code != 200:
+            assert answer.status_code == 409
+            assert answer.json()["code"] == "idempotency_key_in_use"
+            assert int(answer.headers["Retry-After"]) >= 1
+    assert [record.attempts for record in stored(service, key)] == [1]
+
+
+@pytest.mark.parametrize("reason", [FinishReason.INTERRUPTED, FinishReason.DISCONNECTED])
+def test_a_first_try_that_was_cut_short_is_run_again_on_its_row(
+    service: TestClient, key: str, reason: FinishReason
+) -> None:
+    first = post(service, key).json()
+    rewrite(
+        service, first["id"], status=Status.INCOMPLETE, finish_reason=reason, completion=" there"
+    )
+    again = post(service, key)
+    assert "Idempotency-Replayed" not in again.headers
+    assert again.json()["id"] == first["id"]
+    assert again.json()["generated_text"] == first["generated_text"]  # its seed was kept
+    assert [record.attempts for record in stored(service, key)] == [2]
+
+
+def test_one_that_was_cancelled_stays_cancelled(service: TestClient, key: str) -> None:
+    first = post(service, key).json()
+    rewrite(service, first["id"], status=Status.CANCELLED, finish_reason=FinishReason.CANCELLED)
+    answer = post(service, key)
+    assert answer.status_code == 409
+    assert answer.json()["code"] == "cancelled"
+    assert answer.json()["id"] == first["id"]
+
+
+def test_a_stream_replays_its_events(service: TestClient, key: str) -> None:
+    first, sent = stream(service, key)
+    second, again = stream(service, key)
+    assert "Idempotency-Replayed" not in first.headers
+    assert second.headers["Idempotency-Replayed"] == "true"
+    assert again[0] == sent[0]
+    assert again[-1] == sent[-1]
+    assert again[-1].name == "done"
+    assert text_of(again) == text_of(sent)
+
+
+def test_a_key_expires(service: TestClient, key: str) -> None:
+    first = post(service, key).json()
+    rewrite(service, first["id"], created_at=datetime.now(UTC) - timedelta(hours=24, minutes=1))
+    second = post(service, key)
+    assert second.json()["id"] != first["id"]
+    assert [record.id for record in stored(service, key)] == [second.json()["id"]]
+
+
+def test_a_deleted_record_frees_its_key(service: TestClient, key: str) -> None:
+    first = post(service, key).json()
+    service.delete(f"/history/{first['id']}")
+    assert post(service, key).json()["id"] != first["id"]
+
+
+def test_a_message_is_said_once(service: TestClient, key: str) -> None:
+    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
+    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
+    first, second = (
+        service.post(url, json={"prompt_content": "Hello", "max_length": 20}, headers=headers)
+        for _ in range(2)
+    )
+    assert first.status_code == second.status_code == 201
+    assert first.json() == second.json()
+    assert service.get(url).json() == [first.json()]
+
+
+def test_a_message_that_was_cut_short_is_answered_in_its_place(
+    service: TestClient, key: str
+) -> None:
+    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
+    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
+    body = {"prompt_content": "Hello", "max_length": 20}
+    first = service.post(url, json=body, headers=headers).json()
+    later = service.post(url, json={"prompt_content": "And then?"}).json()
+    rewrite(service, first["id"], status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED)
+    again = service.post(url, json=body, headers=headers).json()
+    assert again["response_content"] == first["response_content"]
+    assert [message["id"] for message in service.get(url).json()] == [first["id"], later["id"]]
+
+
+def test_an_exchange_is_kept_once(service: TestClient, key: str) -> None:
+    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
+    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
+    body = {"prompt_content": "Hello", "response_content": "Good day."}
+    first, second = (service.post(url, json=body, headers=headers) for _ in range(2))
+    assert first.json() == second.json()
+    assert second.headers["Idempotency-Replayed"] == "true"
+
+
+@pytest.mark.parametrize("bad", ["", "k" * 256, "kéy", "a\tb"])
+def test_a_key_is_1_to_255_printable_characters(client: TestClient, bad: str) -> None:
+    headers = {b"Idempotency-Key": bad.encode("latin-1")}
+    assert client.post("/generate", json=BODY, headers=headers).status_code == 422
+
+
+def test_keys_of_two_owners_do_not_meet(service: TestClient, key: str) -> None:
+    record = post(service, key).json()
+    with sessions_of(service)() as session:
+        assert records.by_idempotency_key(session, "somebody else", key) is None
+        found = records.by_idempotency_key(session, "local", key)
+        assert found is not None
+        assert found.id == record["id"]

@@ -1,0 +1,173 @@
+"""Each list is read from an index, in its order, whatever is asked of it."""
+
+import itertools
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy import insert as insert_into
+from sqlalchemy.orm import Session
+
+from database import Database, transaction
+from models import ConversationQuery, GenerationRecord, HistoryQuery, Status
+from repositories import blocks, conversations, records
+from tests.test_history import NOON, OWNER, ids, insert
+
+ROWS = 6000
+FEW = 50
+FILTERS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "user": {"user_id": "u7"},
+    "failed": {"status": Status.FAILED},
+    "completed": {"status": Status.COMPLETED},
+    "model": {"model_name": "gpt2"},
+    "after": {"created_after": NOON + timedelta(minutes=ROWS - 500)},
+    "before": {"created_before": NOON + timedelta(minutes=500)},
+    "within": {
+        "created_after": NOON + timedelta(minutes=500),
+        "created_before": NOON + timedelta(minutes=600),
+    },
+}
+PAIRS = [
+    pytest.param(one | other, id=f"{name} {another}")
+    for (name, one), (another, other) in itertools.combinations(FILTERS.items(), 2)
+    if not one.keys() & other.keys()
+]
+
+
+def fill(session: Session) -> None:
+    """Some thousand records, a minute apart, made from one by the database."""
+    insert(session)
+    row = session.execute(select(GenerationRecord.__table__)).mappings().one()
+    session.rollback()
+    rows = [
+        dict(row)
+        | {
+            "id": row["id"] + number,
+            "user_id": f"u{number % 20}",
+            "status": Status.FAILED if number % 50 == 0 else Status.COMPLETED,
+            "model_name": "gpt2" if number % 10 == 0 else "tiny-gpt2",
+            "created_at": NOON + timedelta(minutes=number),
+        }
+        for number in range(1, ROWS)
+    ]
+    with transaction(session):
+        session.connection().execute(insert_into(GenerationRecord), rows)
+        blocks.note(session, [(made["id"], made["created_at"]) for made in rows])
+    session.execute(text("ANALYZE TABLE generation_records" if is_mysql(session) else "ANALYZE"))
+    session.commit()
+
+
+def is_mysql(session: Session) -> bool:
+    return session.get_bind().dialect.name in ("mysql", "mariadb")
+
+
+@pytest.fixture(scope="module")
+def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from tests.databases import fresh_database
+
+    with fresh_database(request.param, tmp_path_factory.mktemp("lists")) as url:
+        database = Database(url)
+        database.migrate()
+        with database.sessions() as session:
+            fill(session)
+        yield database
+        database.close()
+
+
+on_all = pytest.mark.parametrize("filled", ["sqlite", "postgresql", "mysql"], indirect=True)
+
+
+def plans(database: Database, session: Session, ask: Any) -> list[str]:
+    """How the database goes about each statement that a question takes."""
+    asked: list[tuple[str, Any]] = []
+
+    def listen(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(database.engine, "before_cursor_execute", listen)
+    ask(session)
+    event.remove(database.engine, "before_cursor_execute", listen)
+    verb = "EXPLAIN QUERY PLAN" if database.engine.dialect.name == "sqlite" else "EXPLAIN"
+    return [
+        "\n".join(map(str, session.connection().exec_driver_sql(f"{verb} {statement}", parameters)))
+        for statement, parameters in asked
+        if "FROM generation_records" in statement or "FROM conversations" in statement
+    ]
+
+
+def is_served(plan: str) -> bool:
+    """From an index: neither all rows are read, nor more than a few sorted.
+
+    PostgreSQL prefers to sort where it expects hardly any rows.
+    """
+    bad = ("SCAN generation_records", "USE TEMP B-TREE", "Seq Scan", "Using filesort", "'ALL'")
+    return not any(sign in plan for sign in bad) and all(
+        int(rows) <= FEW for rows in re.findall(r"Sort  \(.*?rows=(\d+)", plan)
+    )
+
+
+@on_all
+@pytest.mark.parametrize(
+    "query", [pytest.param(query, id=name) for name, query in FILTERS.items()] + PAIRS
+)
+def test_each_filter_and_pair_is_served_by_an_index(
+    filled: Database, query: dict[str, Any]
+) -> None:
+    for after in (None, 3000):
+        with filled.sessions() as session:
+            asked = HistoryQuery(after=after, **query)
+            found = plans(filled, session, lambda session, q=asked: records.page(session, OWNER, q))
+            assert found or "created_after" in query
+            assert [plan for plan in found if not is_served(plan)] == []
+
+
+@on_all
+def test_other_lists_are_served_by_an_index(filled: Database) -> None:
+    with filled.sessions() as session:
+        for ask in (
+            lambda session: conversations.page(session, OWNER, ConversationQuery()),
+            lambda session: conversations.messages(session, OWNER, 1, HistoryQuery()),
+            lambda session: conversations.latest(session, OWNER, 1, 5),
+        ):
+            found = plans(filled, session, ask)
+            assert found
+            assert [plan for plan in found if "SCAN generation_records" in plan] == []
+
+
+def test_a_list_without_its_index_would_be_seen(filled_sqlite: Database) -> None:
+    with filled_sqlite.sessions() as session:
+        unordered = text("SELECT * FROM generation_records WHERE seed = 1 ORDER BY seed")
+        assert not is_served(plans(filled_sqlite, session, lambda s: s.execute(unordered))[0])
+
+
+@pytest.fixture
+def filled_sqlite(tmp_path: Any) -> Any:
+    database = Database(f"sqlite:///{tmp_path / 'records.db'}")
+    database.migrate()
+    yield database
+    database.close()
+
+
+@on_all
+def test_a_time_far_back_is_found_within_its_block(filled: Database) -> None:
+    with filled.sessions() as session:
+        query = HistoryQuery(**FILTERS["within"], limit=100)
+        assert blocks.id_ranges(session, query) == [(0, 4096)]
+        found, more = records.page(session, OWNER, query)
+        made = [record.created_at for record in found]
+        assert made == [NOON + timedelta(minutes=599 - n) for n in range(99)]
+        assert not more
+
+
+def test_times_are_found_whatever_the_clock_did(session: Session) -> None:
+    """The clock jumps back and forth; a block says where to look, never what is there."""
+    jumps = [0, 5, -400, 10, 90_000, 11, -90_000, 12]
+    made = {insert(session, created_at=NOON + timedelta(days=day)): day for day in jumps}
+    for first, last in itertools.product((-99_999, -400, 5, 11), (5, 12, 100_000)):
+        wanted = [record for record, day in made.items() if first < day < last][::-1]
+        times: dict[str, Any] = {"created_after": NOON + timedelta(days=first)}
+        times["created_before"] = NOON + timedelta(days=last)
+        assert ids(session, **times) == wanted

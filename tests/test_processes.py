@@ -1,0 +1,16 @@
+"""Several processes on one database, shortly; `python -m benchmarks.processes` is the long run."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import processes
+
+
+@pytest.mark.parametrize(("kind", "services", "workers"), [("sqlite", 1, 2), ("postgresql", 2, 1)])
+def test_processes_on_one_database_lose_nothing(
+    kind: str, services: int, workers: int, tmp_path: Path
+) -> None:
+    counts = processes.run(kind, tmp_path, 16, 300, services, workers)
+    assert counts["answered"] > 100
+    assert processes.broken(counts) == {}

@@ -1,0 +1,209 @@
+"""What happened is counted exactly: at once, once, whatever becomes of the records."""
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from database import Database, transaction
+from errors import InvalidRequestError
+from models import ConversationCreate, FinishReason, Statistics, StatisticsQuery, Status
+from repositories import records, usage
+from services import conversations, history, statistics
+from services.statistics import UsageFolder
+from tests.test_history import NOON, OWNER, insert
+
+LATER = NOON + timedelta(days=40)
+
+
+def asked(session: Session, owner: str = OWNER, **query: Any) -> list[Statistics]:
+    times: dict[str, datetime] = {
+        "created_after": NOON - timedelta(days=1),
+        "created_before": LATER,
+    }
+    found = statistics.statistics(session, owner, StatisticsQuery(**(times | query)))
+    session.rollback()
+    return found
+
+
+def total(session: Session, owner: str = OWNER) -> Statistics | None:
+    found = asked(session, owner, bucket="all")
+    return found[0] if found else None
+
+
+@pytest.fixture
+def folder(database: Database) -> UsageFolder:
+    return UsageFolder(database)
+
+
+def test_every_ending_is_counted_at_once_and_once(session: Session, folder: UsageFolder) -> None:
+    running = insert(session, status=Status.IN_PROGRESS, completion_tokens=0, lease_id=7)
+    insert(session, status=Status.IN_PROGRESS, lease_id=8)
+    source = insert(session, duration_ms=100)
+    insert(session, status=Status.FAILED, duration_ms=300)
+    insert(session, status=Status.CANCELLED, duration_ms=200)
+    insert(session, prompt="", completion="", source_id=source, duration_ms=1)
+    with transaction(session):
+        ending = {"status": Status.COMPLETED, "finish_reason": FinishReason.STOP}
+        records.finish(session, OWNER, running, completion_tokens=40, duration_ms=5000, **ending)
+        records.interrupt(session, [8])
+    for _ in range(3):
+        found = total(session)
+        assert found is not None
+        assert found.model_dump(include={*usage.COUNTED, "total_tokens"}) == {
+            "requests": 6,
+            "failures": 2,
+            "cancelled": 1,
+            "cached": 1,
+            "prompt_tokens": 6,
+            "completion_tokens": 40 + 5 * 3,
+            "total_tokens": 6 + 40 + 5 * 3,
+        }
+        assert found.duration_ms is not None
+        assert found.duration_ms.model_dump() == {
+            "p50": 200,
+            "p90": 5000,
+            "p95": 5000,
+            "p99": 5000,
+            "max": 5000,
+        }
+        folder.tick()
+
+
+def test_what_is_deleted_stays_counted(session: Session, folder: UsageFolder) -> None:
+    made = conversations.create(session, OWNER, ConversationCreate(title="a"), "m").id
+    insert(session, conversation_id=made)
+    record = insert(session)
+    before = total(session)
+    history.delete(session, OWNER, record)
+    folder.tick()
+    conversations.delete(session, OWNER, made)
+    assert total(session) == before
+    assert before is not None
+    assert before.requests == 2
+
+
+def test_a_request_that_fails_to_end_is_not_counted(session: Session) -> None:
+    record = insert(session, status=Status.IN_PROGRESS)
+    ending = {"status": Status.COMPLETED, "finish_reason": FinishReason.STOP}
+    with contextlib.suppress(ZeroDivisionError), transaction(session):
+        assert records.finish(session, OWNER, record, **ending)
+        _ = 1 / 0
+    assert total(session) is None
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_buckets_and_groups_hold_what_belongs_to_them(
+    session: Session, folder: UsageFolder, folded: bool
+) -> None:
+    for minutes, model, user in (
+        (0, "gpt2", "anna"),
+        (59, "gpt2", "bert"),
+        (60, "tiny", "anna"),
+        (24 * 60, "gpt2", None),
+        (26 * 60, "gpt2", "anna"),
+        (40 * 24 * 60, "gpt2", "anna"),  # in the last day that is asked for
+        (42 * 24 * 60, "gpt2", "anna"),
+    ):
+        at = NOON + timedelta(minutes=minutes)
+        insert(session, model_name=model, user_id=user, created_at=at, duration_ms=minutes)
+    insert(session, owner="somebody else")
+    if folded:
+        folder.tick()
+    hour = NOON.replace(minute=0, second=0, microsecond=0)
+    day = hour.replace(hour=0)
+    days = {0: 3, 1: 2, 40: 1}
+    assert [(item.starts_at, item.ends_at, item.requests) for item in asked(session)] == [
+        (day + timedelta(n), day + timedelta(n + 1), days[n]) for n in (40, 1, 0)
+    ]
+    by_hour = asked(session, bucket="hour", created_before=NOON + timedelta(days=1))
+    assert [(item.starts_at - hour, item.requests) for item in by_hour] == [
+        (timedelta(hours=24), 1),
+        (timedelta(hours=1), 1),
+        (timedelta(0), 2),
+    ]
+    by_model = asked(session, by="model", bucket="all")
+    assert [(item.model_name, item.requests) for item in by_model] == [("gpt2", 5), ("tiny", 1)]
+    first_day = asked(session, by="user", created_before=day + timedelta(days=1))
+    if folded:
+        assert [(item.user_id, item.requests) for item in first_day] == [("anna", 2), ("bert", 1)]
+        assert [item.user_id for item in asked(session, by="user", limit=1)] == ["anna"] * 3
+        assert None in [item.user_id for item in asked(session, by="user")]
+
+
+def test_percentiles_are_exact(session: Session, folder: UsageFolder) -> None:
+    for milliseconds in range(1, 201):
+        insert(session, duration_ms=milliseconds)
+        if milliseconds == 150:
+            folder.tick()
+    found = total(session)
+    assert found is not None
+    assert found.duration_ms is not None
+    assert list(found.duration_ms.model_dump().values()) == [100, 180, 190, 198, 200]
+
+
+def test_processes_that_add_up_at_once_lose_and_double_nothing(database: Database) -> None:
+    def work(number: int) -> None:
+        with database.sessions() as session:
+            for user in range(5):
+                insert(session, user_id=f"u{user}", duration_ms=number)
+        UsageFolder(database).tick()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(24)))
+    UsageFolder(database).tick()
+    with database.sessions() as session:
+        found = total(session)
+        assert found is not None
+        assert found.requests == 24 * 5
+        assert session.execute(text("SELECT count(*) FROM usage_deltas")).scalar() == 0
+        session.rollback()
+        assert [item.requests for item in asked(session, by="user")] == [24] * 5
+
+
+def test_a_forgotten_person_is_in_nobodys_statistics(session: Session, folder: UsageFolder) -> None:
+    insert(session, user_id="anna")
+    insert(session, user_id="bert")
+    folder.tick()
+    insert(session, user_id="anna")
+    with transaction(session):
+        assert usage.forget_user(session, OWNER, "anna") == 1
+    folder.tick()
+    assert {item.user_id for item in asked(session, by="user")} == {"bert", None}
+    found = total(session)
+    assert found is not None
+    assert found.requests == 3
+
+
+def test_the_service_counts_what_it_answers(client: TestClient) -> None:
+    def requests() -> int:
+        found = client.get("/stats", params={"bucket": "all"}).json()
+        return int(found[0]["requests"]) if found else 0
+
+    before = requests()
+    assert client.post("/generate", json={"prompt": "Once"}).status_code == 200
+    assert requests() == before + 1
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"bucket": "hour", "by": "user"},
+        {"bucket": "hour", "created_after": "2020-01-01", "created_before": "2021-01-01"},
+        {"bucket": "week"},
+        {"created_before": "9999-12-31T23:59:59"},
+        {"created_before": "0001-01-01"},
+    ],
+)
+def test_what_cannot_be_counted_is_422(client: TestClient, query: dict[str, str]) -> None:
+    assert client.get("/stats", params=query).status_code == 422
+
+
+def test_a_range_is_never_cut_short(session: Session) -> None:
+    with pytest.raises(InvalidRequestError):
+        asked(session, bucket="hour")

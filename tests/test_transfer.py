@@ -1,0 +1,375 @@
+"""Export and import: everything comes along, once, whatever is interrupted or broken."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+
+from database import Database, transaction
+from errors import CommandError
+from models import Base, Conversation, GenerationRecord, HistoryQuery, Status
+from repositories import conversations, records
+from services import transfer
+from services.leases import LeaseKeeper
+from services.lines import conversation_line, record_line
+from tests.databases import KINDS, fresh_database
+from tests.service import ROOT
+from tests.test_history import NOON, OWNER, insert
+
+# What belongs to a running process, or means something in one database alone.
+NOT_MOVED = {"lease_id", "cancel_requested", "flight_key", "cache_key"} | {
+    "idempotency_key",
+    "idempotency_fingerprint",
+}
+
+
+def nothing(done: int, total: int) -> None:
+    """No progress bar."""
+
+
+def exported(database: Database, owner: str | None = None, **query: Any) -> bytes:
+    out = io.BytesIO()
+    transfer.export_to(database, out, owner, HistoryQuery(**query), nothing)
+    return out.getvalue()
+
+
+def lines_of(text: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def import_lines(database: Database, text: bytes, skipped: list[str] | None = None) -> Any:
+    skip = None if skipped is None else skipped.append
+    return transfer.Importer(database, skip).run(io.BytesIO(text), nothing)
+
+
+def fill(database: Database) -> None:
+    """Records and conversations of two owners, with gaps in their ids."""
+    with database.sessions() as session:
+        for number in range(3):
+            with transaction(session):
+                conversations.add(
+                    session,
+                    "somebody else" if number == 2 else OWNER,
+                    title=f"Über {number}",
+                    title_pending=True if number else None,
+                    initial_prompt="Erzähl" if number else None,
+                    model_type="gpt2",
+                    created_at=NOON,
+                    updated_at=NOON + timedelta(microseconds=number),
+                )
+        insert(session, conversation_id=1, prompt="🐉\n\"'\\ \u2028", completion="")
+        gone = insert(session)
+        insert(session, user_id="anna ", conversation_id=2, seed=0, duration_ms=17)
+        insert(session, owner="somebody else", conversation_id=3, status=Status.FAILED)
+        insert(
+            session,
+            status=Status.IN_PROGRESS,
+            lease_id=4711,
+            completion=" half",
+            created_at=NOON.replace(microsecond=0),
+            parameters={"top_p": 0.1, "stop": ["\n\t", "ß"], "temperature": 1.0, "top_k": 0},
+        )
+        with transaction(session):
+            assert records.remove(session, OWNER, gone)
+
+
+def show(session: Session, record_id: int) -> int:
+    """An answer from the cache that shows a record's text."""
+    with transaction(session):
+        source = records.get(session, OWNER, record_id)
+        assert source is not None
+        times = {"created_at": NOON, "updated_at": NOON}
+        return records.add_cached(session, OWNER, source, duration_ms=1, **times).id
+
+
+@pytest.mark.parametrize("source", KINDS)
+def test_a_move_to_another_database_and_on_gives_the_same_bytes(
+    source: str, database: Database, tmp_path: Path
+) -> None:
+    (tmp_path / "first").mkdir()
+    with fresh_database(source, tmp_path / "first") as url:
+        first = Database(url)
+        first.migrate()
+        fill(first)
+        with first.sessions() as session:
+            show(session, insert(session, prompt="Es war", attempts=2))
+        moved = exported(first)
+        first.close()
+    done = import_lines(database, moved)
+    assert (done.records, done.conversations, done.present) == (6, 3, 0)
+    assert exported(database) == moved
+
+
+def test_importing_twice_changes_nothing(database: Database) -> None:
+    fill(database)
+    before = exported(database)
+    again = import_lines(database, before)
+    assert (again.records, again.conversations, again.present) == (0, 0, 7)
+    assert exported(database) == before
+
+
+def test_new_ids_go_on_after_imported_ones(database: Database) -> None:
+    line = record(1000)
+    import_lines(database, written(line, conversation(500)))
+    with database.sessions() as session:
+        assert insert(session) == 1001
+        with transaction(session):
+            added = conversations.add(
+                session, OWNER, title="t", model_type="m", created_at=NOON, updated_at=NOON
+            )
+        assert added.id == 501
+    import_lines(database, written(record(7)))
+    with database.sessions() as session:
+        assert insert(session) == 1002
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("kind", "line", "fields"),
+    [(GenerationRecord, record_line, {"completion"}), (Conversation, conversation_line, set())],
+)
+def test_every_column_comes_along_or_is_known_not_to(
+    kind: type[Base], line: Any, fields: set[str], database: Database
+) -> None:
+    columns = {column.name for column in kind.__table__.columns}
+    fill(database)
+    with database.sessions() as session:
+        row = session.execute(select(kind.__table__)).first()
+    assert columns - set(json.loads(line(row))) == (NOT_MOVED | fields) & columns
+
+
+def record(id: Any = 1, **given: Any) -> dict[str, Any]:
+    """A line with nothing but what the contract names."""
+    values: dict[str, Any] = {
+        "id": id,
+        "prompt": "Once",
+        "generated_text": "Once upon",
+        "model_name": "gpt2",
+        "created_at": "2026-01-01T12:00:00Z",
+        "status": "completed",
+        "finish_reason": "stop",
+        "user_id": None,
+        "conversation_id": None,
+        "prompt_tokens": 1,
+        "completion_tokens": 2,
+        "total_tokens": 3,
+        "cached": False,
+        "seed": 1,
+        "duration_ms": None,
+    }
+    return values | given
+
+
+def conversation(id: int, **given: Any) -> dict[str, Any]:
+    values = {
+        "object": "conversation",
+        "id": id,
+        "title": "t",
+        "model_type": "gpt2",
+        "created_at": "2026-01-01T12:00:00Z",
+    }
+    return values | given
+
+
+def written(*lines: Any) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (b"{", "no JSON object"),
+        (b"[]", "no JSON object"),
+        (b"17", "no JSON object"),
+        (b"\xff{}", "no JSON object"),
+        (b"", "no JSON object"),
+        (record("2"), "id: "),
+        (record(0), "id: "),
+        (record(2**63), "id: "),
+        (record(2, canary4711=1), "canary4711: "),
+        (record(2, status="done"), "status: "),
+        (record(2, prompt="a\0b"), "prompt: "),
+        (b'{"id": 2, "prompt": "\\ud800"}', "no JSON object"),
+        (record(2, seed=-1), "seed: "),
+        (record(2, seed=2**63), "seed: "),
+        (record(2, seed=float("inf")), "no JSON object"),
+        (record(2, prompt_tokens=True), "prompt_tokens: "),
+        (record(2, created_at="yesterday"), "created_at: "),
+        (record(2, parameters=[]), "parameters: "),
+        (record(2, parameters={"top_p": [float("nan")]}), "no JSON object"),
+        (record(2, model_name="x" * 201), "model_name: "),
+        (record(2, generated_text="Twice"), "does not begin with the prompt"),
+        (record(2, total_tokens=4), "total_tokens is not the sum"),
+        (record(2, conversation_id=99), "its conversation, 99, is not there"),
+        (record(2, conversation_id=5, owner_id="another"), "its conversation, 5, is not there"),
+        (record(1, created_at="2026-01-01T12:00:01Z"), "another row has its id, 1"),
+        (record(1, owner_id="another"), "another row has its id, 1"),
+        (conversation(5, owner_id="another"), "another row has its id, 5"),
+        (conversation(6, title=""), "title: "),
+        (record(2, object="message"), "no JSON object"),
+    ],
+)
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_broken_line_is_named_and_stops_or_is_left_out(
+    database: Database, broken: Any, reason: str
+) -> None:
+    line = broken + b"\n" if isinstance(broken, bytes) else written(broken)
+    text = written(conversation(5), record(1)) + line + written(record(3))
+    with pytest.raises(CommandError, match=r"^line 3: [^\n]*" + reason) as caught:
+        import_lines(database, text)
+    assert "Once" not in str(caught.value)
+    assert [found["id"] for found in lines_of(exported(database))] == [5, 1]
+    skipped: list[str] = []
+    done = import_lines(database, text, skipped)
+    assert (done.broken, done.records, done.present) == (1, 1, 2)
+    assert [found["id"] for found in lines_of(exported(database))] == [5, 1, 3]
+    assert skipped == [str(caught.value)]
+
+
+def test_a_text_may_speak_of_nan(database: Database) -> None:
+    import_lines(database, written(record(1, generated_text="Once NaN, Infinity")))
+    assert lines_of(exported(database))[0]["generated_text"] == "Once NaN, Infinity"
+
+
+def test_lines_of_the_contract_alone_are_enough(database: Database) -> None:
+    import_lines(database, written(record(5)))
+    (found,) = lines_of(exported(database))
+    assert {name: found[name] for name in record()} == record(5)
+    assert found["owner_id"] == OWNER
+
+
+def test_a_row_that_changed_since_stays_as_it_is(database: Database) -> None:
+    import_lines(database, written(record(1)))
+    with database.sessions() as session, transaction(session):
+        session.get_one(GenerationRecord, 1).completion = " corrected"
+    assert import_lines(database, written(record(1))).present == 1
+    assert lines_of(exported(database))[0]["generated_text"] == "Once corrected"
+
+
+def test_what_was_in_progress_is_closed_where_it_came_to(database: Database) -> None:
+    line = record(1, status="in_progress", finish_reason=None)
+    import_lines(database, written(line))
+    LeaseKeeper(database).sweep()
+    (found,) = lines_of(exported(database))
+    assert (found["status"], found["finish_reason"]) == ("incomplete", "interrupted")
+
+
+def test_filters_and_owners_choose_records_and_their_conversations(database: Database) -> None:
+    fill(database)
+
+    def chosen(owner: str | None = None, **query: Any) -> list[tuple[str, int]]:
+        return [
+            (line["object"][0], line["id"]) for line in lines_of(exported(database, owner, **query))
+        ]
+
+    assert chosen(user_id="anna ") == [("c", 2), ("r", 3)]
+    assert chosen(status=Status.FAILED) == [("c", 3), ("r", 4)]
+    assert chosen("somebody else") == [("c", 3), ("r", 4)]
+    assert chosen("nobody") == []
+    assert chosen(OWNER, status=Status.FAILED) == []
+    assert chosen(created_before=NOON) == [("r", 5)]
+
+
+def test_a_file_that_is_whole_is_not_written_again(database: Database, tmp_path: Path) -> None:
+    file = tmp_path / "history.ndjson"
+    transfer.export_file(database, file, None, HistoryQuery(), nothing)
+    with pytest.raises(CommandError, match="is there already"):
+        transfer.export_file(database, file, None, HistoryQuery(), nothing)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("kept", [0, 1, 100, 300, 900, 1600])
+def test_a_file_that_was_cut_off_goes_on_after_its_last_whole_line(
+    database: Database, tmp_path: Path, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "BATCH_ROWS", 1)
+    monkeypatch.setattr(transfer, "TAIL_BYTES", 64)
+    fill(database)
+    whole, file = exported(database), tmp_path / "history.ndjson"
+    note = tmp_path / "history.ndjson.unfinished"
+
+    def die(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transfer.export_file(database, file, None, HistoryQuery(), die)
+    file.write_bytes(whole[:kept])
+    with database.sessions() as session:
+        insert(session)  # after the export began: not in it
+    with pytest.raises(CommandError, match="other filters"):
+        transfer.export_file(database, file, OWNER, HistoryQuery(), nothing)
+    transfer.export_file(database, file, None, HistoryQuery(), nothing)
+    assert file.read_bytes() == whole
+    assert not note.exists()
+
+
+def test_an_export_killed_again_and_again_has_every_line_once(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'records.db'}")
+    database.migrate()
+    import_lines(database, written(*(record(id) for id in range(1, 30_001))))
+    file = tmp_path / "history.ndjson"
+    command = [sys.executable, "-m", "manage", "export", "--out", str(file)]
+    environment = os.environ | {"DATABASE_URL": f"sqlite:///{tmp_path / 'records.db'}"}
+    kills = 0
+    while True:
+        had = file.stat().st_size if file.exists() else 0
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        while process.poll() is None and kills < 2:
+            if file.exists() and file.stat().st_size > had:
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.001)
+        if process.wait() == 0:
+            break
+    assert kills == 2
+    assert [line["id"] for line in lines_of(file.read_bytes())] == list(range(1, 30_001))
+    assert file.read_bytes() == exported(database)
+    database.close()
+
+
+def test_an_answer_from_the_cache_comes_along_without_a_second_copy(database: Database) -> None:
+    with database.sessions() as session:
+        source = insert(session, prompt="Es war", completion=" einmal")
+        shown = show(session, source)
+    line = lines_of(exported(database))[1]
+    assert (line["generated_text"], line["cached"], line["source_id"]) == (
+        "Es war einmal",
+        True,
+        source,
+    )
+    whole = exported(database)
+    with database.sessions() as session, transaction(session):
+        records.remove(session, OWNER, shown)
+        records.remove(session, OWNER, source)
+    import_lines(database, whole)
+    assert exported(database) == whole
+    columns = text("SELECT prompt, completion FROM generation_records WHERE id = :id")
+    with database.sessions() as session:
+        assert tuple(session.execute(columns, {"id": shown}).one()) == ("", "")
+
+
+def test_an_answer_whose_source_stayed_behind_has_its_own_text(database: Database) -> None:
+    with database.sessions() as session:
+        source = insert(session, prompt="Es war", completion=" einmal")
+        shown = show(session, source)
+    _, line = exported(database).splitlines(keepends=True)
+    with database.sessions() as session, transaction(session):
+        records.remove(session, OWNER, shown)
+        records.remove(session, OWNER, source)
+    import_lines(database, line)
+    (found,) = lines_of(exported(database))
+    assert (found["id"], found["generated_text"], found["source_id"]) == (
+        shown,
+        "Es war einmal",
+        None,
+    )
