@@ -17,6 +17,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 
 LONGEST_WORD = 64  # characters; of longer ones the first so many count
@@ -87,12 +88,17 @@ FOLDING = Folding()
 def words(text: str) -> list[str]:
     """The words of a text, in order; of a very long text the first ``MOST_WORDS``."""
     folded = unicodedata.normalize("NFKC", text).translate(FOLDING)
-    found = [word[:LONGEST_WORD] for word in folded.split()[:MOST_WORDS]]
-    while sum(len(word.encode()) for word in found) > MOST_BYTES:
-        del found[len(found) // 2 :]
+    found = folded.split()
+    if max(map(len, found), default=0) > LONGEST_WORD:  # to look costs less than to cut each
+        found = [word[:LONGEST_WORD] for word in found]
+    if len(folded) > MOST_WORDS:  # of fewer characters are neither too many words nor bytes
+        del found[MOST_WORDS:]
+        while sum(len(word.encode()) for word in found) > MOST_BYTES:
+            del found[len(found) // 2 :]
     return found
 
 
+@lru_cache(maxsize=1 << 14)
 def mark(kind: str, value: object) -> str:
     """A word that stands for a value; others may share it, so the value itself decides."""
     return f"_{kind}{blake2b(str(value).encode(), digest_size=4).hexdigest()}"

@@ -1,5 +1,7 @@
 """What was said is found again, the same on every database, and not at all once it is gone."""
 
+import random
+import unicodedata
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +26,16 @@ from repositories import search as index
 from services import conversations, history
 from tests.service import in_process, sessions_of
 from tests.test_history import NOON, OWNER, insert, link
-from words import Term, parse_search, snippet
+from words import (
+    FOLDING,
+    LONGEST_WORD,
+    MOST_BYTES,
+    MOST_WORDS,
+    Term,
+    parse_search,
+    snippet,
+    words,
+)
 
 TEXTS = {
     "dragon": "The Dragon's cave: it breathed fire, fire and more fire.",
@@ -347,6 +358,19 @@ def test_the_best_comes_first_by_rank_and_pages_go_on_from_there(client: TestCli
     assert seen == wanted
     gone = client.get(f"/history?q=quagga&order=rank&after={long + 1000}")
     assert (gone.status_code, gone.json()["code"]) == (422, "invalid_request")
+
+
+def test_words_are_what_cutting_every_text_and_every_word_gives() -> None:
+    draw = random.Random(7)
+    alphabets = ("aB_ 9.\n", "é\u0301Ωß ﬁ世👍", "".join(map(chr, range(1, 0x500))))
+    for length in (0, 1, 63, 64, 65, 200, 3000, MOST_WORDS + 1):
+        for alphabet in (*alphabets, "a", ["a "], ["👍"], ["Ω" * 70 + "-"]):
+            said = "".join(draw.choices(alphabet, k=length))
+            folded = unicodedata.normalize("NFKC", said).translate(FOLDING)
+            expected = [word[:LONGEST_WORD] for word in folded.split()[:MOST_WORDS]]
+            while len("".join(expected).encode()) > MOST_BYTES:
+                del expected[len(expected) // 2 :]
+            assert words(said) == expected
 
 
 def test_a_snippet_is_safe_html_around_the_first_match() -> None:
