@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import datetime
 from functools import cache
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import JSON, RowMapping, Select, Update, bindparam, delete, select, text, update
+from sqlalchemy import JSON, Select, Update, bindparam, delete, select, text, update
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.strategy_options import lazyload
@@ -39,17 +39,31 @@ ONE = (
     )
     .options(lazyload(GenerationRecord.source))
 )
+IN_PROGRESS = (
+    select(GenerationRecord.__table__)
+    .where(
+        GenerationRecord.id.in_(bindparam("ids", expanding=True)),
+        GenerationRecord.status == Status.IN_PROGRESS,
+    )
+    .order_by(GenerationRecord.id)
+    .with_for_update()
+)
 
 
 def add(session: Session, owner_id: str, **values: Any) -> GenerationRecord:
     """Insert a record, in progress unless ``values`` say otherwise; it has its id on return."""
     record = GenerationRecord(owner_id=owner_id, **({"status": Status.IN_PROGRESS} | values))
-    session.add(record)
-    session.flush()
-    blocks.note(session, [(record.id, record.created_at)])
+    add_all(session, [record])
     if record.status in TERMINAL:
-        keep_account(session, [record.id])
+        keep_account(session, rows_of(session, [record.id]))
     return record
+
+
+def add_all(session: Session, found: Sequence[GenerationRecord]) -> None:
+    """Insert records in progress; they have their ids on return."""
+    session.add_all(found)
+    session.flush()
+    blocks.note(session, [(record.id, record.created_at) for record in found])
 
 
 def add_cached(
@@ -71,14 +85,36 @@ def add_cached(
     return record
 
 
+class RecordEnd(NamedTuple):
+    """What a record's end writes into its row."""
+
+    owner_id: str
+    record_id: int
+    values: Mapping[str, Any]
+
+
 def finish(session: Session, owner_id: str, record_id: int, **values: Any) -> bool:
     """Write a record's end, once: False when it is no longer in progress."""
-    given: dict[str, Any] = {"record": record_id, "owner": owner_id}
-    given |= {f"new_{name}": value for name, value in values.items()}
-    if session.connection().execute(ending_with(*values), given).rowcount != 1:
-        return False
-    keep_account(session, [record_id])
-    return True
+    return finish_all(session, [RecordEnd(owner_id, record_id, values)])[0]
+
+
+def finish_all(session: Session, ends: Sequence[RecordEnd]) -> list[bool]:
+    """Write records' ends, each once: False for those that are no longer in progress.
+
+    All write the same columns.
+    """
+    rows = session.connection().execute(IN_PROGRESS, {"ids": [end.record_id for end in ends]})
+    found = {(row["owner_id"], row["id"]): row for row in rows.mappings()}
+    ended = [(end, found.pop((end.owner_id, end.record_id), None)) for end in ends]
+    written = [
+        {"record": row["id"]} | {f"new_{name}": value for name, value in end.values.items()}
+        for end, row in ended
+        if row is not None
+    ]
+    if written:
+        session.connection().execute(ending_with(*ends[0].values), written)
+        keep_account(session, [{**row, **end.values} for end, row in ended if row is not None])
+    return [row is not None for _, row in ended]
 
 
 @cache
@@ -88,16 +124,14 @@ def ending_with(*names: str) -> Update:
         update(GenerationRecord)
         .where(
             GenerationRecord.id == bindparam("record"),
-            GenerationRecord.owner_id == bindparam("owner"),
             GenerationRecord.status == Status.IN_PROGRESS,
         )
         .values(**CLOSED, **{name: bindparam(f"new_{name}") for name in names})
     )
 
 
-def keep_account(session: Session, record_ids: Sequence[int]) -> None:
+def keep_account(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
     """Records have ended: let them be found by their words, and count them."""
-    rows = rows_of(session, record_ids)
     search.put(session, search.RECORDS, searchable(rows))
     usage.note(session, rows)
 
@@ -107,12 +141,13 @@ def index(session: Session, record_ids: Sequence[int]) -> None:
     search.put(session, search.RECORDS, searchable(rows_of(session, record_ids)))
 
 
-def rows_of(session: Session, record_ids: Sequence[int]) -> Sequence[RowMapping]:
+def rows_of(session: Session, record_ids: Sequence[int]) -> list[Mapping[str, Any]]:
     table = GenerationRecord.__table__
-    return session.execute(select(table).where(table.c.id.in_(record_ids))).mappings().all()
+    found = session.execute(select(table).where(table.c.id.in_(record_ids)))
+    return [dict(row) for row in found.mappings()]
 
 
-def searchable(rows: Iterable[RowMapping | Mapping[str, Any]]) -> list[tuple[int, str]]:
+def searchable(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, str]]:
     """What the search index holds of records; of those without a text, nothing."""
     return [
         (row["id"], record_words(*(row[name] for name in WORDS_OF)))
@@ -440,7 +475,7 @@ def interrupt(session: Session, lease_ids: Sequence[int], record_ids: Sequence[i
         .execution_options(synchronize_session=False)
     )
     session.execute(statement)
-    keep_account(session, ids)
+    keep_account(session, rows_of(session, ids))
     return len(ids)
 
 

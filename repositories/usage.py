@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Row,
-    RowMapping,
     delete,
     func,
     insert,
@@ -76,7 +75,7 @@ def unpacked(content: bytes) -> dict[int, int]:
     return dict(zip(numbers[:half], numbers[half:], strict=True))
 
 
-def note(session: Session, ended: Iterable[RowMapping | Mapping[str, Any]]) -> None:
+def note(session: Session, ended: Iterable[Mapping[str, Any]]) -> None:
     """Count records that have just ended."""
     rows = [
         {

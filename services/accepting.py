@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,6 +28,14 @@ class TakenError(Exception):
 
 def nothing(_: Session) -> None:
     """What most requests have to do in the transaction that stores them."""
+
+
+@dataclass
+class Entry:
+    """A row to be stored, and its id once this process is known to run it."""
+
+    record: GenerationRecord
+    held: int | None = None
 
 
 class Accepter:
@@ -62,11 +70,21 @@ class Accepter:
             enter(session)
             if again is not None:
                 return reopened(session, again, values)
-            return self.insert(session, ask, values, cache_key)
+            record = new_record(ask, values, cache_key)
+            records.add_all(session, [record])
+            # Who did the same may have ended between our look into the store and this row.
+            if cache_key is not None and self.cache.find_stored(session, ask.owner_id, cache_key):
+                raise TakenError
+            return record
 
         # What may be refused must not spoil the others' transaction.
-        refusable = enter is not nothing or again or cache_key or ask.once
-        record = self.alone(session, store) if refusable else self.with_others(session, store)
+        if enter is not nothing or again or cache_key or ask.once:
+            record = self.alone(session, store)
+        else:
+            try:
+                record = self.with_others(new_record(ask, values))
+            except SpoiltError:
+                record = self.alone(session, store)
         event(
             log,
             logging.INFO,
@@ -77,25 +95,22 @@ class Accepter:
         )
         return record
 
-    def with_others(
-        self, session: Session, store: Callable[[Session], GenerationRecord]
-    ) -> GenerationRecord:
-        """In one transaction with what else is written now; alone where that fails."""
-        held: list[int] = []
-
-        def hold(session: Session) -> GenerationRecord:
-            record = store(session)
-            held.append(self.lease.hold(record.id))
-            return record
-
+    def with_others(self, record: GenerationRecord) -> GenerationRecord:
+        """In one transaction with what else is written now. Raises SpoiltError."""
+        entry = Entry(record)
         try:
-            return self.crowds.write(hold)
-        except BaseException as error:
-            for record_id in held:
-                self.lease.drop(record_id)
-            if isinstance(error, SpoiltError):
-                return self.alone(session, store)
+            return self.crowds.write(self.insert_all, entry)
+        except BaseException:
+            if entry.held is not None:
+                self.lease.drop(entry.held)
             raise
+
+    def insert_all(self, session: Session, entries: list[Entry]) -> list[GenerationRecord]:
+        found = [entry.record for entry in entries]
+        records.add_all(session, found)
+        for entry in entries:
+            entry.held = self.lease.hold(entry.record.id)
+        return found
 
     def alone(
         self, session: Session, store: Callable[[Session], GenerationRecord]
@@ -114,27 +129,22 @@ class Accepter:
         session.expunge_all()  # from here on it passes between threads, not sessions
         return record
 
-    def insert(
-        self, session: Session, ask: Ask, values: dict[str, Any], cache_key: str | None
-    ) -> GenerationRecord:
-        now = datetime.now(UTC)
-        record = records.add(
-            session,
-            ask.owner_id,
-            conversation_id=ask.conversation_id,
-            user_id=ask.options.user_id,
-            prompt=ask.prompt,
-            created_at=now,
-            cache_key=cache_key,
-            flight_key=cache_key,
-            attempts=1,
-            **values,
-            **once_values(ask.once),
-        )
-        # Who did the same work may have ended between our look into the store and this row.
-        if cache_key is not None and self.cache.find_stored(session, ask.owner_id, cache_key):
-            raise TakenError
-        return record
+
+def new_record(ask: Ask, values: dict[str, Any], cache_key: str | None = None) -> GenerationRecord:
+    """The row of what is asked, not stored yet."""
+    return GenerationRecord(
+        owner_id=ask.owner_id,
+        conversation_id=ask.conversation_id,
+        user_id=ask.options.user_id,
+        status=Status.IN_PROGRESS,
+        prompt=ask.prompt,
+        created_at=datetime.now(UTC),
+        cache_key=cache_key,
+        flight_key=cache_key,
+        attempts=1,
+        **values,
+        **once_values(ask.once),
+    )
 
 
 def planned_values(plan: Plan) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import logging
 import time
 from collections import deque
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -15,6 +14,7 @@ from errors import ConflictError, StorageUnavailableError
 from log import event
 from models import GenerationRecord, Status
 from repositories import records
+from repositories.records import RecordEnd
 from services.crowds import Crowds, SpoiltError
 from services.endings import Ending
 from services.leases import LeaseKeeper
@@ -80,12 +80,12 @@ class Finisher:
         safe: the row is only written while it is in progress, and a commit that took effect
         without saying so is recognised by what it wrote.
         """
-        work = partial(records.finish, owner_id=record.owner_id, record_id=record.id, **values)
+        end = RecordEnd(record.owner_id, record.id, values)
         for attempt in range(FINISH_ATTEMPTS):
             time.sleep(attempt * FINISH_PAUSE_SECONDS)
             try:
                 if attempt == 0:
-                    return self.crowds.write(work, record.id)
+                    return self.crowds.write(records.finish_all, end, record.id)
                 return commit_alone(session, record, values)
             except (StorageUnavailableError, SpoiltError):
                 event(

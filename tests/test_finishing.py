@@ -14,6 +14,7 @@ from database import Database
 from errors import ConflictError
 from models import FinishReason, GenerationRecord, Status
 from repositories import records
+from repositories.records import RecordEnd
 from services.crowds import Crowds, SpoiltError
 from services.endings import Ending
 from services.finishing import Finisher
@@ -116,14 +117,16 @@ def test_when_one_write_of_a_crowd_fails_nothing_of_it_is_stored(
 
     found = accepted(session, 3)
 
-    def end(place: int, divisor: int) -> bool:
+    def finish_all(shared: Session, items: list[tuple[int, int]]) -> list[bool]:
         ending = {"status": Status.COMPLETED, "completion_tokens": 8}
+        ends = [RecordEnd(OWNER, record_id, ending) for record_id, _ in items]
+        stored = records.finish_all(shared, ends)
+        return [
+            found and 1 // divisor == 1 for found, (_, divisor) in zip(stored, items, strict=True)
+        ]
 
-        def work(shared: Session) -> bool:
-            stored = records.finish(shared, OWNER, found[place].id, **ending)
-            return stored and 1 // divisor == 1
-
-        return crowds.write(work, found[place].id)
+    def end(place: int, divisor: int) -> bool:
+        return crowds.write(finish_all, (found[place].id, divisor), found[place].id)
 
     with ThreadPoolExecutor(3) as pool:
         crowds.writer.submit(go.wait, 20)
