@@ -65,6 +65,8 @@ def configure(style: str, level: str) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
-    logging.getLogger("uvicorn.access").disabled = True
+    access = logging.getLogger("uvicorn.access")
+    access.handlers.clear()
+    access.propagate = False  # with no handler in sight, uvicorn does not even make the line
     for name in ("httpx", "httpcore", "httpx2", "httpcore2", "alembic", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
