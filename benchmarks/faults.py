@@ -37,6 +37,7 @@ from tests.service import Server
 CLIENTS = 16
 SETTLE_SECONDS = 30.0
 LOCKED_SECONDS = 30.0
+FULL_SECONDS = 8.0  # as long as an ending is tried for, and then some: 503s must come
 TERMINAL = {"completed", "incomplete", "failed", "cancelled"}
 
 
@@ -192,7 +193,7 @@ def full(folder: Path, times: int) -> Counter[str]:
                 with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as opened:
                     while True:
                         opened.write(b"x" * 4096)
-                time.sleep(2.0)
+                time.sleep(FULL_SECONDS)
                 ballast.unlink()
                 time.sleep(1.0)
 

@@ -35,13 +35,12 @@ class Detokenizer:
     def push(self, ids: Sequence[int]) -> None:
         """More output tokens. What follows a stop string is ignored."""
         self.pushed += len(ids)
-        for token in ids:
-            if self.stopped:
-                return
-            self.window.append(token)
-            decoded = self.decode(self.window)
-            if not decoded.endswith(UNFINISHED):
-                self._take(decoded)
+        if self.stopped or not ids:
+            return
+        self.window += ids
+        decoded = self.decode(self.window)
+        if not decoded.endswith(UNFINISHED):
+            self._take(decoded)
 
     def finish(self) -> None:
         """No more tokens: an unfinished character stays one."""

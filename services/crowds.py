@@ -17,6 +17,10 @@ from sqlalchemy.orm import Session
 from database import Database, transaction
 from errors import StorageUnavailableError
 
+# Who waits goes on in a thread of its own: a hundred of them at once would hold up the event loop
+# and the model, who are but two among them.
+MOST_TOGETHER = 16
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -37,7 +41,7 @@ class Waiting:
 
 
 class Crowds:
-    """One thread writes, each time all that is waiting then."""
+    """One thread writes, each time what is waiting then, up to ``MOST_TOGETHER``."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -58,7 +62,7 @@ class Crowds:
         return result
 
     def write_waiting(self) -> None:
-        crowd = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        crowd = [self.waiting.popleft() for _ in range(min(len(self.waiting), MOST_TOGETHER))]
         if crowd:
             # In the order of their rows, as checkpoints are: no two transactions wait in a circle.
             self.write_together(sorted(crowd, key=lambda waiting: waiting.row))

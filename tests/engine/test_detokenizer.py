@@ -26,6 +26,19 @@ def test_pieces_join_to_the_text_whatever_the_tokens_are(loaded: LoadedModel) ->
         assert subject.text == whole(loaded, prompt, ids)
 
 
+def test_tokens_that_come_together_are_the_same_text(loaded: LoadedModel) -> None:
+    rng = random.Random(2)
+    prompt = loaded.encode("Once upon a time")
+    for _ in range(60):
+        ids = [rng.randrange(1, 4096 if rng.random() < 0.5 else 260) for _ in range(40)]
+        subject = Detokenizer(loaded.decode, prompt, ())
+        while subject.pushed < len(ids):
+            subject.push(ids[subject.pushed : subject.pushed + rng.randrange(12)])
+            assert whole(loaded, prompt, ids).startswith(subject.shown)
+        subject.finish()
+        assert subject.text == whole(loaded, prompt, ids)
+
+
 def test_a_piece_never_ends_in_half_a_character(loaded: LoadedModel) -> None:
     prompt = loaded.encode("The ")
     text = "naïve 🙂 façade 日本語 — “quoted” 👩‍👩‍👧"
