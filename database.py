@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -109,7 +110,13 @@ class Database:
         """A connection that may change the schema, held by one process at a time."""
         if self.write_lock is not None:
             with self.write_lock.hold(MIGRATION_PATIENCE), self.engine.connect() as connection:
-                yield connection.execution_options(write=True)
+                driver: Any = connection.connection.driver_connection
+                driver.execute("PRAGMA foreign_keys=OFF")  # or a dropped table takes others' rows
+                try:
+                    yield connection.execution_options(write=True)
+                finally:
+                    connection.rollback()
+                    driver.execute("PRAGMA foreign_keys=ON")
             return
         patient = open_engine(self.url, None, MIGRATION_PATIENCE, pool_size=2)
         take, give = advisory_lock(patient)

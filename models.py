@@ -18,7 +18,6 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 from sqlalchemy import (
-    JSON,
     BigInteger,
     Boolean,
     ForeignKey,
@@ -32,7 +31,7 @@ from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.sql.elements import ColumnElement
 
-from column_types import TABLE_OPTIONS, Bytes, Id, StoredText, UtcDateTime
+from column_types import TABLE_OPTIONS, Bytes, Hash, Id, Parameters, StoredText, UtcDateTime
 from words import NonsenseError, parse_search
 
 LOCAL_OWNER = "local"  # whose rows they are where no key is configured
@@ -89,7 +88,7 @@ class GenerationRecord(Base):
     model_name: Mapped[str] = mapped_column(String(200))
     model_fingerprint: Mapped[str] = mapped_column(String(16))
     dtype: Mapped[str] = mapped_column(String(16))
-    parameters: Mapped[dict[str, Any]] = mapped_column(JSON)
+    parameters: Mapped[dict[str, Any]] = mapped_column(Parameters)
     seed: Mapped[int] = mapped_column(BigInteger)
     prompt_tokens: Mapped[int] = mapped_column(Integer)
     completion_tokens: Mapped[int] = mapped_column(Integer)
@@ -100,9 +99,9 @@ class GenerationRecord(Base):
     lease_id: Mapped[int | None] = mapped_column(BigInteger)  # who runs it; null once it ended
     attempts: Mapped[int] = mapped_column(Integer, default=1, server_default="1")
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
-    idempotency_fingerprint: Mapped[str | None] = mapped_column(String(32))
-    cache_key: Mapped[str | None] = mapped_column(String(32))  # the work it did, for who asks again
-    flight_key: Mapped[str | None] = mapped_column(String(32))  # the same, while it runs
+    idempotency_fingerprint: Mapped[str | None] = mapped_column(Hash)
+    cache_key: Mapped[str | None] = mapped_column(Hash)  # the work it did, for who asks again
+    flight_key: Mapped[str | None] = mapped_column(Hash)  # the same, while it runs
     # The record that holds the text of an answer from the cache; never one from the cache itself.
     source_id: Mapped[int | None] = mapped_column(ForeignKey("generation_records.id"))
     pinned: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())

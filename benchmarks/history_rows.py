@@ -6,16 +6,17 @@ known from how the texts are made. Everything is drawn from one seed.
 
 import itertools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import insert, text
 from sqlalchemy.orm import Session
 
+from column_types import USUAL
 from database import Database, transaction
-from models import LOCAL_OWNER, GenerationRecord, Status, Usage, UsageDelta
+from models import LOCAL_OWNER, GenerationRecord, Status, Usage
 from repositories import blocks, search, transfer, usage
 from words import record_marks
 
@@ -24,21 +25,8 @@ YEAR = timedelta(days=365)
 VOCABULARY, SENTENCES, USERS = 50_000, 20_000, 20_000
 COMMON, RARE, PHRASE = "lantern", "zyzzyva", "quiet harbour"
 COMMON_EVERY = 20  # rows: 5 %
-BATCH = 5_000
-PARAMETERS = {
-    "max_new_tokens": 50,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "stop": [],
-}
-
-
-@dataclass
-class Made:
-    rows: int
-    text_bytes: int
+BATCH = 10_000  # rows in one statement
+TOGETHER = 500_000  # rows in one transaction: an index's page is written once for many rows
 
 
 def make_sentences(draw: random.Random) -> list[str]:
@@ -80,7 +68,7 @@ def rows(count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
             "model_name": "gpt2" if draw.random() < 0.9 else "tiny-gpt2",
             "model_fingerprint": "0123456789abcdef",
             "dtype": "bfloat16",
-            "parameters": PARAMETERS,
+            "parameters": parameters(draw),
             "seed": draw.getrandbits(63),
             "prompt_tokens": 12,
             "completion_tokens": 50,
@@ -92,46 +80,76 @@ def rows(count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
         }
 
 
+def parameters(draw: random.Random) -> dict[str, Any]:
+    """Half of the requests leave all to the defaults, the others say how long or how."""
+    if draw.random() < 0.5:
+        return USUAL
+    said = USUAL | {"max_new_tokens": draw.randint(10, 190)}
+    return said if draw.random() < 0.6 else said | {"temperature": draw.choice([0.0, 0.7])}
+
+
 def words_of(row: dict[str, Any]) -> str:
     marks = record_marks(row["owner_id"], row["user_id"], row["status"], row["model_name"])
     return f"{row['prompt']}{row['completion']} {' '.join(marks)}"
 
 
-def fill(database: Database, count: int) -> Made:
-    """Fill an empty database."""
-    made, size = rows(count, random.Random(6)), 0
+def fill(database: Database, count: int) -> None:
+    """Fill an empty database. Nobody else may use it, and what is cut off is lost."""
+    made = in_batches(rows(count, random.Random(6)))
     sums: dict[usage.Key, usage.Sums] = {}
+    today: date | None = None
+    if database.file is not None:
+        hurry(database)
     with database.sessions() as session:
-        while batch := list(itertools.islice(made, BATCH)):
-            size += sum(len(row["prompt"]) + len(row["completion"]) for row in batch)
+        while first := next(made, None):
             with transaction(session):
-                session.connection().execute(insert(transfer.table_of(GenerationRecord)), batch)
-                blocks.note(session, [(row["id"], row["created_at"]) for row in batch])
-                search.put(session, search.RECORDS, [(row["id"], words_of(row)) for row in batch])
-            for row in batch:
-                add_up(sums, row)
-        totals = [
-            key._asdict() | dict(found.counts) | {"latencies": usage.packed(found.latencies)}
-            for key, found in sums.items()
-        ]
-        for start in range(0, len(totals), BATCH):
-            with transaction(session):
-                session.connection().execute(insert(Usage), totals[start : start + BATCH])
+                for batch in itertools.chain([first], itertools.islice(made, TOGETHER // BATCH)):
+                    put_rows(session, batch)
+                    for row in batch:
+                        if row["created_at"].date() != today:  # the sums of a day are final
+                            put_sums(session, sums)
+                            sums, today = {}, row["created_at"].date()
+                        add_up(sums, row)
+        with transaction(session):
+            put_sums(session, sums)
         settle(session, count)
-    return Made(count, size)
+    database.engine.dispose()  # and so the hurry ends
+
+
+def in_batches(made: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(itertools.islice(made, BATCH)):
+        yield batch
+
+
+def hurry(database: Database) -> None:
+    """All in memory as long as can be, nothing written twice."""
+    database.engine.dispose()
+    with database.engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-3000000"):
+            driver.execute(f"PRAGMA {pragma}")
+
+
+def put_rows(session: Session, batch: Sequence[dict[str, Any]]) -> None:
+    session.connection().execute(insert(transfer.table_of(GenerationRecord)), batch)
+    blocks.note(session, [(row["id"], row["created_at"]) for row in batch])
+    search.put(session, search.RECORDS, [(row["id"], words_of(row)) for row in batch])
 
 
 def add_up(sums: dict[usage.Key, usage.Sums], row: dict[str, Any]) -> None:
-    counted = dict.fromkeys(usage.COUNTED, 0) | {
-        "requests": 1,
-        "failures": int(row["status"] is Status.FAILED),
-        "prompt_tokens": row["prompt_tokens"],
-        "completion_tokens": row["completion_tokens"],
-    }
-    named = {name: row[name] for name in ("owner_id", "user_id", "model_name", "created_at")}
-    delta = UsageDelta(**named, **counted, duration_ms=row["duration_ms"])
-    for key in usage.keys_of(delta):
-        sums.setdefault(key, usage.Sums()).add(delta)
+    failures = int(row["status"] is Status.FAILED)
+    ended = SimpleNamespace(**row, requests=1, failures=failures, cancelled=0, cached=0)
+    for key in usage.keys_of(ended):
+        sums.setdefault(key, usage.Sums()).add(ended)
+
+
+def put_sums(session: Session, sums: dict[usage.Key, usage.Sums]) -> None:
+    totals = [
+        key._asdict() | dict(found.counts) | {"latencies": usage.packed(found.latencies)}
+        for key, found in sums.items()
+    ]
+    if totals:
+        session.connection().execute(insert(Usage), totals)
 
 
 def settle(session: Session, count: int) -> None:

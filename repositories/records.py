@@ -6,7 +6,7 @@ from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
 
-from sqlalchemy import JSON, Select, Update, bindparam, delete, select, text, update
+from sqlalchemy import Select, Update, bindparam, delete, select, text, update
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.strategy_options import lazyload
@@ -317,7 +317,7 @@ def remove_texts(session: Session, record_ids: Sequence[int], now: datetime) -> 
             completion="",
             source_id=None,
             cache_key=None,
-            parameters=bindparam("without", type_=JSON),
+            parameters=bindparam("without"),
             text_removed_at=now,
             updated_at=now,
         )

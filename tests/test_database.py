@@ -201,8 +201,8 @@ def test_each_migration_goes_down_and_up_with_data_in(
 
 
 def first_columns(database: Database, record: int) -> Any:
-    """What every version keeps of a record."""
-    names = "id, owner_id, user_id, status, prompt, completion, seed, created_at"
+    """What every version keeps of a record in the same way."""
+    names = "id, owner_id, user_id, status, prompt, completion, seed"
     with database.engine.connect() as connection:
         statement = text(f"SELECT {names} FROM generation_records WHERE id = :id")
         return connection.execute(statement, {"id": record}).one()
