@@ -30,6 +30,7 @@ torture: .venv/dev ## kill it and its databases under load, cut the power; count
 	$(BIN)/python -m benchmarks.kill_test --kills 100
 	$(BIN)/python -m benchmarks.once_test --kills 20
 	$(BIN)/python -m benchmarks.backup_drill --drills 15
+	$(BIN)/python -m benchmarks.greedy_test --prompts 200
 	$(BIN)/python -m benchmarks.leak_test --requests 10000
 	$(BIN)/python -m benchmarks.replay_test --records 200
 	$(BIN)/python -m benchmarks.stream_test --kills 200 --stops 50 --hangups 100 --streams 200 --locked 10

@@ -88,8 +88,9 @@ class Replies:
             get(session, owner_id, conversation_id)
             thread = conversations.latest(session, owner_id, conversation_id, CONTEXT_TURNS)
             release(session)
-            if any(record.status not in TERMINAL for record in thread):
-                time.sleep(TURN_PATIENCE_SECONDS)
+            running = next((said for said in thread if said.status not in TERMINAL), None)
+            if running is not None:
+                self.wait_for_end(running, deadline - time.monotonic())
                 continue
 
             def enter(session: Session, thread: list[GenerationRecord] = thread) -> None:
@@ -100,6 +101,12 @@ class Replies:
             except ThreadMovedError:
                 continue
         raise ConflictError("Another reply in this conversation takes too long.")
+
+    def wait_for_end(self, running: GenerationRecord, timeout: float) -> None:
+        """Until it has ended, if it runs here; a moment where another process runs it."""
+        live = self.generation.live
+        if not live.wait_for_end(running.owner_id, running.id, timeout):
+            time.sleep(TURN_PATIENCE_SECONDS)
 
     def take_turn(
         self,
