@@ -6,6 +6,7 @@ DATABASE_URL names, beside a running service.
 
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,17 @@ import log
 from database import Database
 from errors import CommandError, ServiceError, StartError
 from models import LOCAL_OWNER, HistoryQuery, Record, StatisticsQuery, Status
-from services import backup, cache, erasure, history, inspection, retention, statistics, transfer
+from services import (
+    backup,
+    cache,
+    erasure,
+    history,
+    importing,
+    inspection,
+    retention,
+    statistics,
+    transfer,
+)
 from settings import load_settings
 
 PATIENCE_SECONDS = 60.0  # a command may wait longer than a request, its statements much longer
@@ -167,8 +178,9 @@ def import_history(
 ) -> None:
     """Bring in what an export wrote. What is there stays as it is: twice changes nothing."""
     skip = say if skip_broken else None
+    gc.freeze()  # millions of rows pass: what is loaded by now need not be looked at each time
     with opened() as database, source(file) as (lines, size), progress_bar("import") as progress:
-        done = transfer.Importer(database, skip).run(lines, progress, size)
+        done = importing.Importer(database, skip).run(lines, progress, size)
     say(
         f"{done.records} records and {done.conversations} conversations came in,"
         f" {done.present} were there, {done.broken} lines were left out."

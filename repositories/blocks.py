@@ -22,11 +22,14 @@ def note(session: Session, created: Iterable[tuple[int, datetime]]) -> None:
     """Let new records be found by their times; in the transaction that inserts them."""
     spans: dict[int, tuple[datetime, datetime]] = {}
     for record_id, moment in created:
-        first = moment.replace(minute=moment.minute // 10 * 10, second=0, microsecond=0)
-        earliest, latest = spans.get(record_id >> BITS, (first, first))
-        spans[record_id >> BITS] = min(earliest, first), max(latest, first)
+        earliest, latest = spans.get(record_id >> BITS, (moment, moment))
+        spans[record_id >> BITS] = min(earliest, moment), max(latest, moment)
     for block, (first, last) in spans.items():
-        widen(session, block, first, last + STEP - timedelta(microseconds=1))
+        widen(session, block, step_of(first), step_of(last) + STEP - timedelta(microseconds=1))
+
+
+def step_of(moment: datetime) -> datetime:
+    return moment.replace(minute=moment.minute // 10 * 10, second=0, microsecond=0)
 
 
 def widen(session: Session, block: int, earliest: datetime, latest: datetime) -> None:

@@ -149,11 +149,13 @@ def rows_of(session: Session, record_ids: Sequence[int]) -> list[Mapping[str, An
 
 def searchable(rows: Iterable[Mapping[str, Any]]) -> list[tuple[int, str]]:
     """What the search index holds of records; of those without a text, nothing."""
-    return [
-        (row["id"], record_words(*(row[name] for name in WORDS_OF)))
-        for row in rows
-        if row["prompt"] or row["completion"]
-    ]
+    return [(row["id"], words) for row in rows if (words := words_of(row)) is not None]
+
+
+def words_of(row: Mapping[str, Any]) -> str | None:
+    if not (row["prompt"] or row["completion"]):
+        return None
+    return record_words(*[row[name] for name in WORDS_OF])
 
 
 def index_again(session: Session, record_ids: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnClause,
     ColumnElement,
+    Insert,
     Select,
     TableClause,
     bindparam,
@@ -53,17 +54,19 @@ TITLES = Index("title_search", "conversation_id")
 def put(session: Session, index: Index, rows: Iterable[tuple[int, str]]) -> None:
     """Index what is not in the index: ids, and the words of each with spaces between."""
     kind = dialect(session)
-    found = index_table(index, kind)
-    value: Any = bindparam("found_words")
-    statement = insert(found).values(
-        {
-            key_name(index, kind): bindparam("id"),
-            "words": cast(value, TSVECTOR) if kind == "postgresql" else value,
-        }
-    )
     values = [{"id": row_id, "found_words": stored(words, kind)} for row_id, words in rows]
     if values:
-        session.connection().execute(statement, values)
+        session.connection().execute(insertion(index, kind), values)
+
+
+def insertion(index: Index, kind: str) -> Insert:
+    """Takes an id, and words as ``stored`` gives them."""
+    value: Any = bindparam("found_words")
+    values: dict[str, Any] = {
+        key_name(index, kind): bindparam("id"),
+        "words": cast(value, TSVECTOR) if kind == "postgresql" else value,
+    }
+    return insert(index_table(index, kind)).values(values)
 
 
 def drop(session: Session, index: Index, ids: Sequence[int]) -> None:
@@ -154,6 +157,7 @@ def index_table(index: Index, kind: str) -> TableClause:
 
 
 def stored(words: str, kind: str) -> str:
+    """Words with spaces between, as the index of a kind of database takes them."""
     if kind == "sqlite":
         return words
     return tsvector(words.split()) if kind == "postgresql" else ascii_words(words.split())

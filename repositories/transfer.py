@@ -5,18 +5,21 @@ An owner of None is every owner: these are the operator's.
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Row, Select, Table, func, insert, select, text
+from sqlalchemy import Row, Select, Table, func, select, text
 from sqlalchemy.orm import Session, aliased
 
-from models import TERMINAL, Base, Conversation, GenerationRecord, HistoryQuery
+from models import TERMINAL, Base, Conversation, GenerationRecord, HistoryQuery, UsageDelta
 from repositories import blocks, records, search, usage
+from repositories.bulk import Bound, BulkInsert, positional, run
 from repositories.records import filtered
 from words import title_words
 
-Rows = Sequence[dict[str, Any]]
+Values = dict[str, Any]
 TEXTS = ("prompt", "completion")
+# What belongs to a running process, or means something in one database alone.
+LEFT = {"cancel_requested", "flight_key", "cache_key", "idempotency_key", "idempotency_fingerprint"}
 
 
 def last_record(session: Session) -> int:
@@ -79,8 +82,12 @@ def known(
 ) -> dict[int, tuple[str, datetime]]:
     """Owner and creation of those rows that are there: what tells one row from another."""
     table = table_of(kind)
+    last = session.scalar(select(func.max(table.c.id))) or 0
+    wanted = [id for id in ids if id <= last]
+    if not wanted:
+        return {}
     found = session.execute(
-        select(table.c.id, table.c.owner_id, table.c.created_at).where(table.c.id.in_(list(ids)))
+        select(table.c.id, table.c.owner_id, table.c.created_at).where(table.c.id.in_(wanted))
     )
     return {id: (owner, created) for id, owner, created in found}
 
@@ -96,19 +103,50 @@ def texts(session: Session, ids: Iterable[int]) -> dict[int, tuple[str, str, str
     return {id: (owner, prompt, completion) for id, owner, prompt, completion in found}
 
 
-def add(session: Session, kind: type[Base], rows: Rows) -> None:
-    """Insert rows with their own ids, and let them be found by their words."""
-    if not rows:
-        return
-    session.connection().execute(insert(table_of(kind)), rows)
-    if kind is Conversation:
-        titles = [(row["id"], title_words(row["title"], row["owner_id"])) for row in rows]
-        search.put(session, search.TITLES, titles)
-    elif kind is GenerationRecord:
-        blocks.note(session, [(row["id"], row["created_at"]) for row in rows])
-        ended = [row for row in rows if row["status"] in TERMINAL]
-        search.put(session, search.RECORDS, records.searchable(ended))
-        usage.note(session, ended)
+class Ready(NamedTuple):
+    """A row as its table takes it, and what the index and the sums are to have of it."""
+
+    id: int
+    created_at: datetime
+    row: Bound
+    words: str | None
+    usage: Bound | None
+
+
+class Loading:
+    """Rows of one kind on their way into one kind of database, with their own ids.
+
+    ``ready`` needs no database and may run in another process; ``add`` only writes.
+    """
+
+    def __init__(self, kind: type[Base], drivername: str) -> None:
+        table = table_of(kind)
+        names = [column.name for column in table.c if column.name not in LEFT]
+        self.kind = kind
+        self.database_kind = drivername.partition("+")[0]
+        self.rows = BulkInsert(table, names, drivername)
+        index = search.TITLES if kind is Conversation else search.RECORDS
+        indexing = search.insertion(index, self.database_kind)
+        self.index_sql = str(indexing.compile(dialect=positional(drivername)))
+        self.usage = BulkInsert(table_of(UsageDelta), usage.NOTED, drivername)
+
+    def ready(self, row: Values) -> Ready:
+        words, noted = None, None
+        if self.kind is Conversation:
+            words = title_words(row["title"], row["owner_id"])
+        elif row["status"] in TERMINAL:
+            words = records.words_of(row)
+            noted = self.usage.bind(usage.noted(row))
+        words = words and search.stored(words, self.database_kind)
+        return Ready(row["id"], row["created_at"], self.rows.bind(row), words, noted)
+
+    def add(self, session: Session, rows: Sequence[Ready]) -> None:
+        """Insert them, let them be found by their words and times, and count them."""
+        run(session, self.rows.sql, [row.row for row in rows])
+        run(session, self.index_sql, [(row.id, row.words) for row in rows if row.words])
+        run(session, self.usage.sql, [row.usage for row in rows if row.usage])
+        if self.kind is GenerationRecord:
+            blocks.note(session, [(row.id, row.created_at) for row in rows])
 
 
 def go_on_after(session: Session, kind: type[Base], last_id: int) -> None:

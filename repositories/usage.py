@@ -37,6 +37,7 @@ COUNTED = (
     "prompt_tokens",
     "completion_tokens",
 )
+NOTED = ("owner_id", "user_id", "model_name", "created_at", *COUNTED, "duration_ms")
 
 
 class Key(NamedTuple):
@@ -77,24 +78,25 @@ def unpacked(content: bytes) -> dict[int, int]:
 
 def note(session: Session, ended: Iterable[Mapping[str, Any]]) -> None:
     """Count records that have just ended."""
-    rows = [
-        {
-            "owner_id": row["owner_id"],
-            "user_id": row["user_id"],
-            "model_name": row["model_name"],
-            "created_at": row["created_at"],
-            "requests": 1,
-            "failures": int(row["status"] in FAILURES),
-            "cancelled": int(row["status"] == Status.CANCELLED),
-            "cached": int(row["source_id"] is not None),
-            "prompt_tokens": row["prompt_tokens"],
-            "completion_tokens": row["completion_tokens"],
-            "duration_ms": row["duration_ms"],
-        }
-        for row in ended
-    ]
-    if rows:
+    if rows := [noted(row) for row in ended]:
         session.connection().execute(insert(UsageDelta), rows)
+
+
+def noted(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is counted of a record."""
+    return {
+        "owner_id": row["owner_id"],
+        "user_id": row["user_id"],
+        "model_name": row["model_name"],
+        "created_at": row["created_at"],
+        "requests": 1,
+        "failures": int(row["status"] in FAILURES),
+        "cancelled": int(row["status"] == Status.CANCELLED),
+        "cached": int(row["source_id"] is not None),
+        "prompt_tokens": row["prompt_tokens"],
+        "completion_tokens": row["completion_tokens"],
+        "duration_ms": row["duration_ms"],
+    }
 
 
 def fold(session: Session, count: int) -> int:

@@ -11,26 +11,21 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     JsonValue,
-    Tag,
     TypeAdapter,
     ValidationError,
 )
-from pydantic_core import from_json, to_json
+from pydantic_core import ErrorDetails, from_json, to_json
 from sqlalchemy import Row
 
 from models import (
     LOCAL_OWNER,
-    CleanText,
     Conversation,
     FinishReason,
     GenerationRecord,
     Moment,
     Status,
-    Title,
-    UserId,
 )
 
 NO_LEASE = 0  # no process has it, so the next sweep closes what came in while it was in progress
@@ -38,7 +33,9 @@ NO_LEASE = 0  # no process has it, so the next sweep closes what came in while i
 RowId = Annotated[int, Field(ge=1, le=2**62)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 NO_ROW = "it is no JSON object of a record or a conversation"
-Name = Annotated[CleanText, Field(max_length=200)]
+Name = Annotated[str, Field(max_length=200)]
+Named = Annotated[Name, Field(min_length=1)]
+ShortName = Annotated[str, Field(max_length=16)]
 
 
 class BrokenLineError(Exception):
@@ -51,7 +48,7 @@ class Line(BaseModel):
     )
 
     id: RowId
-    owner_id: Annotated[CleanText, Field(min_length=1, max_length=64)] = LOCAL_OWNER
+    owner_id: Annotated[str, Field(min_length=1, max_length=64)] = LOCAL_OWNER
     created_at: Moment
     updated_at: Moment | None = None
 
@@ -60,9 +57,9 @@ class ConversationLine(Line):
     kind: ClassVar = Conversation
 
     object: Literal["conversation"]
-    title: Title
+    title: Named
     model_type: Name
-    initial_prompt: CleanText | None = None
+    initial_prompt: str | None = None
     title_pending: Literal[True] | None = None
 
     def values(self) -> dict[str, Any]:
@@ -77,12 +74,12 @@ class RecordLine(Line):
     kind: ClassVar = GenerationRecord
 
     object: Literal["record"] = "record"
-    prompt: CleanText
-    generated_text: CleanText
+    prompt: str
+    generated_text: str
     model_name: Name
     status: Status
     finish_reason: FinishReason | None
-    user_id: UserId | None
+    user_id: Named | None
     conversation_id: RowId | None
     prompt_tokens: Count
     completion_tokens: Count
@@ -90,8 +87,8 @@ class RecordLine(Line):
     cached: bool
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
     duration_ms: Count | None
-    model_fingerprint: Annotated[CleanText, Field(max_length=16)] = ""
-    dtype: Annotated[CleanText, Field(max_length=16)] = ""
+    model_fingerprint: ShortName = ""
+    dtype: ShortName = ""
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
     attempts: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
     source_id: RowId | None = None
@@ -115,16 +112,7 @@ class RecordLine(Line):
         return values
 
 
-def object_of(line: Any) -> Any:
-    return line.get("object", "record") if isinstance(line, dict) else None
-
-
-ANY_LINE = TypeAdapter[ConversationLine | RecordLine](
-    Annotated[
-        Annotated[ConversationLine, Tag("conversation")] | Annotated[RecordLine, Tag("record")],
-        Discriminator(object_of),
-    ]
-)
+RECORD, CONVERSATION = TypeAdapter(RecordLine), TypeAdapter(ConversationLine)
 
 
 @dataclass(frozen=True)
@@ -149,14 +137,40 @@ def parse(line: bytes) -> Incoming:
     try:
         if b"NaN" in line or b"Infinity" in line:  # as numbers they are not JSON, as words they are
             from_json(line, allow_inf_nan=False)
-        found = ANY_LINE.validate_json(line)
+        found = validated(line)
+        if b"\\u0000" in line:
+            refuse_nul(found)
         return Incoming(found.kind, found.values())
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        raise BrokenLineError(f"{place}: {first['msg']}" if place else NO_ROW) from None
+        first = reason(error)
+        place = ".".join(map(str, first["loc"]))
+        if place in ("", "object"):
+            raise BrokenLineError(NO_ROW) from None
+        raise BrokenLineError(f"{place}: {first['msg']}") from None
     except ValueError:
         raise BrokenLineError(NO_ROW) from None
+
+
+def validated(line: bytes) -> RecordLine | ConversationLine:
+    """Nearly all are records: to look first what a line is would read each one twice."""
+    try:
+        return RECORD.validate_json(line)
+    except ValidationError as error:
+        if reason(error)["loc"] != ("object",):
+            raise
+    return CONVERSATION.validate_json(line)
+
+
+def reason(error: ValidationError) -> ErrorDetails:
+    """Without anything of the line."""
+    return error.errors(include_input=False, include_url=False, include_context=False)[0]
+
+
+def refuse_nul(line: Line) -> None:
+    """Not in the schema, which would look for it in each text; half a character is no JSON."""
+    for name, value in line.__dict__.items():
+        if isinstance(value, str) and "\0" in value:
+            raise BrokenLineError(f"{name}: Text must not contain NUL characters")
 
 
 def conversation_line(row: Row[Any]) -> bytes:

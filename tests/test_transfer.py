@@ -18,18 +18,15 @@ from database import Database, transaction
 from errors import CommandError
 from models import Base, Conversation, GenerationRecord, HistoryQuery, Status
 from repositories import conversations, records
-from services import transfer
+from repositories.transfer import LEFT
+from services import arriving, importing, transfer
 from services.leases import LeaseKeeper
-from services.lines import conversation_line, record_line
+from services.lines import NO_ROW, conversation_line, record_line
 from tests.databases import KINDS, fresh_database
 from tests.service import ROOT
 from tests.test_history import NOON, OWNER, insert
 
-# What belongs to a running process, or means something in one database alone.
-NOT_MOVED = {"lease_id", "cancel_requested", "flight_key", "cache_key"} | {
-    "idempotency_key",
-    "idempotency_fingerprint",
-}
+NOT_MOVED = LEFT | {"lease_id"}
 
 
 def nothing(done: int, total: int) -> None:
@@ -48,7 +45,7 @@ def lines_of(text: bytes) -> list[dict[str, Any]]:
 
 def import_lines(database: Database, text: bytes, skipped: list[str] | None = None) -> Any:
     skip = None if skipped is None else skipped.append
-    return transfer.Importer(database, skip).run(io.BytesIO(text), nothing)
+    return importing.Importer(database, skip).run(io.BytesIO(text), nothing)
 
 
 def fill(database: Database) -> None:
@@ -373,3 +370,47 @@ def test_an_answer_whose_source_stayed_behind_has_its_own_text(database: Databas
         "Es war einmal",
         None,
     )
+
+
+def test_a_second_process_prepares_the_same_and_is_not_missed(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(database)
+    with database.sessions() as session:
+        show(session, insert(session, prompt="Es war"))
+    whole = exported(database)
+    with database.sessions() as session, transaction(session):
+        session.execute(text("DELETE FROM generation_records WHERE source_id IS NOT NULL"))
+        session.execute(text("DELETE FROM generation_records"))
+        session.execute(text("DELETE FROM conversations"))
+    helped: list[bool] = []
+
+    class Mortal(arriving.Helper):
+        def __init__(self, drivername: str) -> None:
+            super().__init__(drivername)
+            assert self.pipe.poll(60)
+
+        def batch(self, lines: list[bytes]) -> Any:
+            if len(helped) == 7:
+                self.process.kill()
+                self.process.join()
+            rows = super().batch(lines)
+            helped.append(rows is not None)
+            return rows
+
+    monkeypatch.setattr(arriving, "Helper", Mortal)
+    monkeypatch.setattr(arriving, "ALONE_BYTES", 0)
+    monkeypatch.setattr(arriving, "BATCH_BYTES", 1)  # a line
+    skipped: list[str] = []
+    done = import_lines(database, b"{\n" + whole, skipped)
+    assert (done.records, done.conversations, skipped) == (6, 3, [f"line 1: {NO_ROW}"])
+    assert exported(database) == whole
+    assert helped == [True] * 7 + [False] * 4  # the last reads the end
+
+
+def test_the_second_process_ends_with_the_first() -> None:
+    helper = arriving.Helper("sqlite")
+    assert helper.pipe.poll(60)
+    helper.pipe.close()
+    helper.process.join(60)
+    assert helper.process.exitcode == 0

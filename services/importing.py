@@ -1,0 +1,173 @@
+"""Import: what an export wrote comes in, in constant memory.
+
+It goes in small batches and holds nothing in between: a service may run beside it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from database import Database, transaction
+from errors import CommandError
+from models import Conversation, GenerationRecord
+from repositories import transfer
+from services.arriving import Arrivals, Arriving, Rows
+from services.lines import BrokenLineError
+from services.transfer import Progress
+
+GAP_SECONDS = 0.01  # between batches
+
+
+@dataclass
+class Imported:
+    """What an import did: rows that came in, rows that were there, lines that were skipped."""
+
+    records: int = 0
+    conversations: int = 0
+    present: int = 0
+    broken: int = 0
+
+
+class Importer:
+    """Brings lines into a database. A row that is there already stays as it is.
+
+    A row is known by its id, its owner and when it was created. A line that is broken, whose id
+    another row has, or whose conversation is not there, ends the import before it with a
+    CommandError that names it; or it is told to ``skip`` and left out.
+    """
+
+    def __init__(self, database: Database, skip: Callable[[str], None] | None = None) -> None:
+        self.database = database
+        self.skip = skip
+        self.imported = Imported()
+        drivername = database.url.drivername
+        self.conversations = transfer.Loading(Conversation, drivername)
+        self.records = transfer.Loading(GenerationRecord, drivername)
+
+    def run(self, source: BinaryIO, progress: Progress, size: int = 0) -> Imported:
+        """``progress`` is told the bytes that were read, of ``size``."""
+        number = done = 0
+        with Arrivals(source, self.database.url.drivername) as batches:
+            for batch in batches:
+                self.take(number, batch.rows)
+                number += len(batch.rows)
+                done += batch.size
+                progress(done, size)
+                self.let_others_write()
+        return self.imported
+
+    def let_others_write(self) -> None:
+        """Other processes look every 5 ms whether a SQLite file's lock is free."""
+        if self.database.write_lock is not None:
+            time.sleep(GAP_SECONDS)
+
+    def take(self, before: int, rows: Rows) -> None:
+        """One batch, after ``before`` lines: what comes before a broken line is stored."""
+        sorting = Sorting()
+        try:
+            with self.database.sessions() as session, transaction(session):
+                sorting.sort_out(session, rows, before, stop=self.skip is None)
+                self.conversations.add(session, sorting.conversations)
+                self.records.add(session, sorting.records)
+        except IntegrityError:
+            raise CommandError(
+                f"lines {before + 1} to {before + len(rows)}: a running service took one of their"
+                " ids meanwhile; import again to see which"
+            ) from None
+        self.count(sorting)
+
+    def count(self, sorting: "Sorting") -> None:
+        self.imported.records += len(sorting.records)
+        self.imported.conversations += len(sorting.conversations)
+        self.imported.present += sorting.present
+        for named in sorting.broken:
+            if self.skip is None:
+                raise CommandError(named)
+            self.skip(named)
+            self.imported.broken += 1
+
+
+@dataclass
+class Sorting:
+    """Rows that are to come in, and the lines that are not, by name."""
+
+    conversations: list[transfer.Ready] = field(default_factory=list)
+    records: list[transfer.Ready] = field(default_factory=list)
+    present: int = 0
+    broken: list[str] = field(default_factory=list)
+
+    def sort_out(self, session: Session, rows: Rows, before: int, stop: bool) -> None:
+        """``stop`` at the first broken line, or leave them all out."""
+        known = Known(session, [row for row in rows if isinstance(row, Arriving)])
+        for number, row in enumerate(rows, before + 1):
+            try:
+                if isinstance(row, BrokenLineError):
+                    raise row
+                self.sort_in(known, row)
+            except BrokenLineError as error:
+                self.broken.append(f"line {number}: {error}")
+                if stop:
+                    return
+
+    def sort_in(self, known: "Known", row: Arriving) -> None:
+        if known.has(row):
+            self.present += 1
+        elif row.kind is Conversation:
+            self.conversations.append(row.ready)
+        else:
+            self.records.append(known.as_it_comes_in(row))
+
+
+class Known:
+    """The rows that a batch may meet in the database, or earlier in the batch."""
+
+    def __init__(self, session: Session, rows: list[Arriving]) -> None:
+        records = {row.id for row in rows if row.kind is GenerationRecord}
+        conversations = {row.id for row in rows if row.kind is Conversation}
+        threads = {row.conversation_id for row in rows if row.conversation_id is not None}
+        sources = {row.source_id for row in rows if row.source_id is not None}
+        self.texts = {row.id: text_of(row) for row in rows if row.id in sources}
+        self.texts |= transfer.texts(session, sources)
+        transfer.go_on_after(session, GenerationRecord, max(records, default=0))
+        transfer.go_on_after(session, Conversation, max(conversations, default=0))
+        self.rows = {
+            GenerationRecord: transfer.known(session, GenerationRecord, records | sources),
+            Conversation: transfer.known(session, Conversation, conversations | threads),
+        }
+
+    def has(self, row: Arriving) -> bool:
+        """Whether it is there; if not, it is from now on. Raises BrokenLineError."""
+        there = self.rows[row.kind].get(row.id)
+        if there is not None and there != row.identity:
+            raise BrokenLineError(f"another row has its id, {row.id}")
+        if there is None:
+            self.check_thread(row)
+            self.rows[row.kind][row.id] = row.identity
+        return there is not None
+
+    def as_it_comes_in(self, row: Arriving) -> transfer.Ready:
+        """An answer from the cache holds no text where its source, with that text, is there."""
+        source = row.source_id
+        if row.linked is None or source is None or row.text is None:
+            return row.ready
+        same = self.texts.get(source) == (row.owner_id, *row.text)
+        return row.linked if same and source in self.rows[GenerationRecord] else row.ready
+
+    def check_thread(self, row: Arriving) -> None:
+        thread = row.conversation_id
+        if thread is None:
+            return
+        owner, _ = self.rows[Conversation].get(thread, (None, None))
+        if owner != row.owner_id:
+            raise BrokenLineError(f"its conversation, {thread}, is not there")
+
+
+def text_of(row: Arriving) -> tuple[str, str, str] | None:
+    """Owner, prompt and completion of a record that is no answer from the cache."""
+    if row.text is None or row.source_id is not None:
+        return None
+    return row.owner_id, *row.text
