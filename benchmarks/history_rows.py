@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from column_types import USUAL
 from database import Database, transaction
 from models import LOCAL_OWNER, GenerationRecord, Status, Usage
-from repositories import blocks, search, transfer, usage
+from repositories import blocks, search, space, transfer, usage
 from words import record_marks
 
 END = datetime(2026, 1, 1, tzinfo=UTC)
@@ -145,7 +145,7 @@ def add_up(sums: dict[usage.Key, usage.Sums], row: dict[str, Any]) -> None:
 
 def put_sums(session: Session, sums: dict[usage.Key, usage.Sums]) -> None:
     totals = [
-        key._asdict() | dict(found.counts) | {"latencies": usage.packed(found.latencies)}
+        key._asdict() | found.counts | {"latencies": usage.packed(found)}
         for key, found in sums.items()
     ]
     if totals:
@@ -159,6 +159,10 @@ def settle(session: Session, count: int) -> None:
     if session.get_bind().dialect.name == "sqlite":
         with transaction(session):
             session.execute(text("ANALYZE"))
+        while free := space.free_pages(session):  # what the search index's merges left
+            session.rollback()
+            with transaction(session):
+                space.give_back(session, free)
     else:
         session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
         session.execute(text("VACUUM ANALYZE"))

@@ -8,7 +8,6 @@ waits for a sum that others write as well. ``fold`` adds such rows to the sums i
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -49,31 +48,45 @@ class Key(NamedTuple):
     name: str
 
 
-@dataclass
 class Sums:
-    counts: Counter[str] = field(default_factory=Counter)
-    latencies: Counter[int] = field(default_factory=Counter)  # milliseconds: how many took so long
+    """What is counted of some requests, and how long they took."""
 
-    def add(self, row: Any, packed_latencies: bytes | None = None) -> None:
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(COUNTED, 0)
+        self.latencies: list[int] = []  # milliseconds, of single requests
+        self.packed: list[bytes] = []  # of sums
+
+    def add(self, row: Any, latencies: bytes | None = None) -> None:
         """A sum, or one request's."""
         for name in COUNTED:
             self.counts[name] += getattr(row, name)
-        if packed_latencies is not None:
-            self.latencies.update(unpacked(packed_latencies))
+        if latencies is not None:
+            self.packed.append(latencies)
         elif row.duration_ms is not None:
-            self.latencies[row.duration_ms] += 1
+            self.latencies.append(row.duration_ms)
+
+    def distribution(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Milliseconds in their order, and how many took so long."""
+        if len(self.packed) == 1 and not self.latencies:
+            return unpacked(self.packed[0])
+        merged = Counter(self.latencies)
+        for content in self.packed:
+            for value, count in zip(*unpacked(content), strict=True):
+                merged[value] += count
+        values = sorted(merged)
+        return values, [merged[value] for value in values]
 
 
-def packed(latencies: Mapping[int, int]) -> bytes:
+def packed(sums: Sums) -> bytes:
     """The values in order, then how often each was seen: 32 bits each."""
-    values = sorted(latencies)
-    return struct.pack(f"<{2 * len(values)}I", *values, *(latencies[value] for value in values))
+    values, counts = sums.distribution()
+    return struct.pack(f"<{2 * len(values)}I", *values, *counts)
 
 
-def unpacked(content: bytes) -> dict[int, int]:
+def unpacked(content: bytes) -> tuple[Sequence[int], Sequence[int]]:
     numbers = struct.unpack(f"<{len(content) // 4}I", content)
     half = len(numbers) // 2
-    return dict(zip(numbers[:half], numbers[half:], strict=True))
+    return numbers[:half], numbers[half:]
 
 
 def note(session: Session, ended: Iterable[Mapping[str, Any]]) -> None:
@@ -147,12 +160,12 @@ def keys_of(delta: Any) -> list[Key]:
 def add_to(session: Session, key: Key, sums: Sums) -> None:
     found = session.get(Usage, tuple(key))
     if found is None:
-        content = packed(sums.latencies)
-        session.add(Usage(**key._asdict(), **sums.counts, latencies=content))
+        session.add(Usage(**key._asdict(), **sums.counts, latencies=packed(sums)))
     else:
         for name in COUNTED:
             setattr(found, name, getattr(found, name) + sums.counts[name])
-        found.latencies = packed(sums.latencies + Counter(unpacked(found.latencies)))
+        sums.packed.append(found.latencies)
+        found.latencies = packed(sums)
 
 
 def between(

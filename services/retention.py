@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 RETENTION_SECONDS = 300.0
 LOOK_AGAIN_SECONDS = 86_400.0  # at blocks of which everything is done: a pin may be gone
-BATCH_SECONDS = 0.02  # how long a batch should hold up writers
+BATCH_SECONDS = 0.01  # how long a batch should hold up writers
 LEAST_ROWS = 8  # fewer would not make a batch on a slow disk shorter: its commit is the most of it
-MOST_ROWS = 500
+MOST_ROWS = 32  # more, and a merge of the search index in between takes much longer
 VACUUM_PAGES = 64
 
 

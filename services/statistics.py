@@ -3,8 +3,10 @@
 What counts is that a request ended, in the hour it was made; deleting its record changes nothing.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate
 
 from sqlalchemy.orm import Session
 
@@ -47,15 +49,17 @@ def statistics(session: Session, owner_id: str, query: StatisticsQuery) -> list[
     if query.by == "user":
         kind = UsageKind.USER_DAY
         names = usage.busiest_users(session, owner_id, first, last, query.limit)
-    groups: dict[tuple[datetime, str], usage.Sums] = {}
+    bucket = last - first if query.bucket == "all" else step
+    groups: dict[tuple[int, str], usage.Sums] = {}
     for row in usage.between(session, owner_id, kind, first, last, names):
-        moment = row.created_at or usage.EPOCH + row.hour * HOUR
-        start = first if query.bucket == "all" else floor(moment, step)
-        name = "" if query.by is None else row.name
-        groups.setdefault((start, name), usage.Sums()).add(row, row.latencies)
+        moment = usage.EPOCH + row.hour * HOUR if row.created_at is None else row.created_at
+        key = (moment - first) // bucket, "" if query.by is None else row.name
+        if (sums := groups.get(key)) is None:
+            sums = groups[key] = usage.Sums()
+        sums.add(row, row.latencies)
     found = [
-        shown(query, start, last if query.bucket == "all" else start + step, name, sums)
-        for (start, name), sums in groups.items()
+        shown(query, first + number * bucket, first + (number + 1) * bucket, name, sums)
+        for (number, name), sums in groups.items()
     ]
     return sorted(found, key=lambda item: (item.starts_at, item.requests), reverse=True)
 
@@ -91,23 +95,19 @@ def shown(
         user_id=name or None if query.by == "user" else None,
         **sums.counts,
         total_tokens=sums.counts["prompt_tokens"] + sums.counts["completion_tokens"],
-        duration_ms=percentiles(sums.latencies),
+        duration_ms=percentiles(*sums.distribution()),
     )
 
 
-def percentiles(latencies: Mapping[int, int]) -> Latencies | None:
-    """By the nearest rank: the smallest latency that so many per cent did not exceed."""
-    total = sum(latencies.values())
-    if not total:
+def percentiles(milliseconds: Sequence[int], counts: Sequence[int]) -> Latencies | None:
+    """By the nearest rank: the smallest latency that so many per cent did not exceed.
+
+    So many requests took so many milliseconds, which are in their order.
+    """
+    if not milliseconds:
         return None
-    ranks = {name: -(-percent * total // 100) for name, percent in PERCENTILES.items()}
-    found: dict[str, int] = {}
-    seen = 0
-    for milliseconds in sorted(latencies):
-        seen += latencies[milliseconds]
-        found |= {
-            name: milliseconds for name, rank in ranks.items() if rank <= seen and name not in found
-        }
-        if len(found) == len(ranks):
-            break
-    return Latencies(**found)
+    seen = list(accumulate(counts))
+    ranks = {name: -(-percent * seen[-1] // 100) for name, percent in PERCENTILES.items()}
+    return Latencies(
+        **{name: milliseconds[bisect_left(seen, rank)] for name, rank in ranks.items()}
+    )
