@@ -1,6 +1,6 @@
 """Conversations and their messages."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
@@ -18,7 +18,7 @@ from api.dependencies import (
 from api.errors import responses
 from api.history import link_next_page
 from api.shapes import shaped
-from api.streams import sent
+from api.streams import NOTHING_MORE, LastPlace, sent
 from models import (
     Conversation,
     ConversationCreate,
@@ -38,6 +38,7 @@ from models import (
 from services import conversations, search
 from services.generation import Answer
 from services.live import Live
+from services.streams import Event
 
 router = APIRouter(tags=["conversations"])
 
@@ -205,22 +206,28 @@ def begin_text(
     owner: Owner,
     service: Generation,
     replies: ReplyService,
-) -> Live | Answer:
+    streams: StreamService,
+    place: LastPlace,
+) -> AsyncGenerator[Event]:
+    if place is not None:  # a browser that was cut off and comes back by itself
+        return streams.resume(streams.find(owner, place.record_id), place)
     alone = query.on_disconnect == "finish"
     if query.conversation_id is None:
-        return service.stream(session, owner, GenerateRequest(prompt=query.prompt), alone)
+        request = GenerateRequest(prompt=query.prompt)
+        return streams.play(service.stream(session, owner, request, alone))
     message = MessageCreate(prompt_content=query.prompt)
-    return replies.stream(session, owner, query.conversation_id, message, alone)
+    return streams.play(replies.stream(session, owner, query.conversation_id, message, alone))
 
 
 @router.get(
     "/text/generate/stream",
     response_class=EventSourceResponse,
-    responses=responses(400, 404, 409, 500, 503, 504),
+    responses=NOTHING_MORE | responses(400, 404, 409, 500, 503, 504),
 )
 async def stream_text(
-    begun: Annotated[Live | Answer, Depends(begin_text)], service: StreamService
+    events: Annotated[AsyncGenerator[Event], Depends(begin_text)],
 ) -> AsyncIterator[ServerSentEvent]:
-    """A prompt continued, or answered in a conversation, for a browser's `EventSource`."""
-    async for event in sent(service.play(begun)):
+    """A prompt continued, or answered in a conversation, for a browser's `EventSource`: when it
+    comes back with `Last-Event-ID`, it goes on where it was."""
+    async for event in sent(events):
         yield event

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
@@ -72,8 +72,10 @@ def storage_error(request: Request, error: Exception) -> JSONResponse:
     return service_error(request, StorageUnavailableError())
 
 
-def http_error(_: Request, error: Exception) -> JSONResponse:
+def http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 204:
+        return Response(status_code=204)
     code = CODES.get(error.status_code, "http_error")
     return JSONResponse(body(code, error.detail), error.status_code, error.headers)
 

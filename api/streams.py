@@ -1,14 +1,15 @@
 """Answers as they are written: server-sent events and a WebSocket, with the same events.
 
 ``start`` {"id"}, ``token`` {"text"}, then one of ``done`` (the record) and ``error`` (the error
-body). An event's id, sent back as ``Last-Event-ID``, is where a stream goes on.
+body). An event's id, sent back as ``Last-Event-ID``, is where a stream goes on. After the last
+event nothing more comes: that is a 204, at which a browser's ``EventSource`` stops asking.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Response, WebSocket
+from fastapi import APIRouter, Depends, Header, HTTPException, Response, WebSocket
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -29,7 +30,7 @@ from models import LOCAL_OWNER, GenerationRecord, Record, StreamRequest
 from services import history
 from services.generation import Answer, GenerationService
 from services.live import Live
-from services.streams import END_ID, Done, Event, Failed, Piece, Start
+from services.streams import Done, Event, Failed, Piece, Place, Start
 
 router = APIRouter(tags=["streams"])
 
@@ -48,21 +49,31 @@ def begin_stream(
     return begun
 
 
-def find_record(record_id: RecordId, owner: Owner, service: StreamService) -> GenerationRecord:
-    return service.find(owner, record_id)
-
-
-def last_offset(
-    last_event_id: Annotated[str | None, Header(max_length=32)] = None,
-) -> int | None:
-    """Characters that the client has, from the event id it saw last; -1 after the last event."""
-    if last_event_id is None or last_event_id == "":
+def last_place(
+    last_event_id: Annotated[str | None, Header(max_length=40)] = None,
+) -> Place | None:
+    """What the client has, by the id of the event that it saw last."""
+    if not last_event_id:
         return None
-    if last_event_id == END_ID:
-        return -1
-    if not last_event_id.isascii() or not last_event_id.isdigit():
-        raise InvalidRequestError("Last-Event-ID takes the id of an event of this stream.")
-    return int(last_event_id)
+    try:
+        place = Place.parse(last_event_id)
+    except ValueError:
+        raise InvalidRequestError("Last-Event-ID takes the id of an event of a stream.") from None
+    if place.offset is None:
+        raise HTTPException(204)
+    return place
+
+
+LastPlace = Annotated[Place | None, Depends(last_place)]
+NOTHING_MORE: dict[int | str, dict[str, Any]] = {204: {"description": "All was sent before"}}
+
+
+def find_record(
+    record_id: RecordId, place: LastPlace, owner: Owner, service: StreamService
+) -> GenerationRecord:
+    if place is not None and place.record_id != record_id:
+        raise InvalidRequestError("Last-Event-ID is of another record's stream.")
+    return service.find(owner, record_id)
 
 
 @router.post(
@@ -81,17 +92,15 @@ async def generate_stream(
 @router.get(
     "/history/{record_id}/stream",
     response_class=EventSourceResponse,
-    responses=responses(404, 503),
+    responses=NOTHING_MORE | responses(404, 503),
 )
 async def resume_stream(
     record: Annotated[GenerationRecord, Depends(find_record)],
-    offset: Annotated[int | None, Depends(last_offset)],
+    place: LastPlace,
     service: StreamService,
 ) -> AsyncIterator[ServerSentEvent]:
     """Follow a record from where `Last-Event-ID` left it, while it is written and afterwards."""
-    if offset == -1:
-        return
-    async for event in sent(service.resume(record, offset)):
+    async for event in sent(service.resume(record, place)):
         yield event
 
 
@@ -129,7 +138,7 @@ async def answer(socket: WebSocket, message: str) -> None:
     async with aclosing(socket.app.state.streams.play(begun)) as events:
         async for event in events:
             name, data = shape(event)
-            await socket.send_json({"event": name, "id": event.id, "data": data})
+            await socket.send_json({"event": name, "id": str(event.place), "data": data})
 
 
 def begin_alone(socket: WebSocket, request: StreamRequest) -> Live | Answer:
@@ -143,14 +152,14 @@ async def sent(events: AsyncGenerator[Event]) -> AsyncIterator[ServerSentEvent]:
     async with aclosing(events) as following:
         async for event in following:
             name, data = shape(event)
-            yield ServerSentEvent(event=name, data=data, id=event.id)
+            yield ServerSentEvent(event=name, data=data, id=str(event.place))
 
 
 def shape(event: Event) -> tuple[str, dict[str, Any]]:
     """An event's name and its data, ready for JSON."""
     match event:
-        case Start(record_id):
-            return "start", {"id": record_id}
+        case Start(place):
+            return "start", {"id": place.record_id}
         case Piece(text):
             return "token", {"text": text}
         case Done(record):

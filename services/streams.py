@@ -1,13 +1,15 @@
 """The events of a stream: ``start``, pieces of text, then ``done`` or an error, once it is stored.
 
-A text event's id is the number of characters up to its end, so a follower that says how far it
-came goes on from there: in the process that generates, in another one through the database, and
-after the end or a crash.
+An event's id names the record and the number of characters up to the event's end, so a follower
+that says how far it came goes on from there: in the process that generates, in another one through
+the database, and after the end or a crash.
 """
 
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Self
 
 import anyio
 import anyio.to_thread
@@ -21,31 +23,50 @@ from services.generation import Answer
 from services.live import Live, LiveGenerations
 
 POLL_SECONDS = 0.5
-END_ID = "end"
+PLACE = re.compile(r"([1-9][0-9]{0,18}):([0-9]{1,18}|end)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Place:
+    """How much of a record's stream somebody has: characters of its text, or None for all of it
+    and the last event."""
+
+    record_id: int
+    offset: int | None
+
+    def __str__(self) -> str:
+        return f"{self.record_id}:{'end' if self.offset is None else self.offset}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if (found := PLACE.fullmatch(text)) is None:
+            raise ValueError("not the id of an event")
+        record_id, offset = found.groups()
+        return cls(int(record_id), None if offset == "end" else int(offset))
 
 
 @dataclass(frozen=True)
 class Start:
-    record_id: int
-    id: str = "0"
+    place: Place
 
 
 @dataclass(frozen=True)
 class Piece:
     text: str
-    id: str
+    place: Place
 
 
 @dataclass(frozen=True)
 class Done:
     record: GenerationRecord
-    id: str = END_ID
+    place: Place
 
 
 @dataclass(frozen=True)
 class Failed:
     error: ServiceError
-    id: str = END_ID
+    place: Place
 
 
 Event = Start | Piece | Done | Failed
@@ -53,19 +74,21 @@ Event = Start | Piece | Done | Failed
 
 async def follow(live: Live, offset: int | None = None) -> AsyncGenerator[Event]:
     """The events of a generation in this process; from its beginning, or after ``offset``."""
+    record_id = live.record.id
     if offset is None:
-        yield Start(live.record.id)
-    place = offset or 0
-    async with aclosing(live.follow(place)) as pieces:
+        yield Start(Place(record_id, 0))
+    seen = offset or 0
+    async with aclosing(live.follow(seen)) as pieces:
         async for text in pieces:
-            place += len(text)
-            yield Piece(text, str(place))
+            seen += len(text)
+            yield Piece(text, Place(record_id, seen))
     assert live.outcome is not None
-    yield last_event(live.outcome)
+    yield last_event(record_id, live.outcome)
 
 
-def last_event(outcome: GenerationRecord | ServiceError) -> Event:
-    return Failed(outcome) if isinstance(outcome, ServiceError) else Done(outcome)
+def last_event(record_id: int, outcome: GenerationRecord | ServiceError) -> Event:
+    place = Place(record_id, None)
+    return Failed(outcome, place) if isinstance(outcome, ServiceError) else Done(outcome, place)
 
 
 class Streams:
@@ -90,7 +113,9 @@ class Streams:
             async for event in following:
                 yield event
 
-    async def resume(self, record: GenerationRecord, offset: int | None) -> AsyncGenerator[Event]:
+    async def resume(self, record: GenerationRecord, place: Place | None) -> AsyncGenerator[Event]:
+        """What follows ``place``; everything where it is None."""
+        offset = None if place is None else place.offset
         live = self.live.get(record.owner_id, record.id)
         events = self.stored(record, offset) if live is None else follow(live, offset)
         async with aclosing(events) as following:
@@ -100,18 +125,18 @@ class Streams:
     async def stored(self, record: GenerationRecord, offset: int | None) -> AsyncGenerator[Event]:
         """The events of a record as the database has it, read again until it has ended."""
         if offset is None:
-            yield Start(record.id)
-        place = offset or 0
+            yield Start(Place(record.id, 0))
+        seen = offset or 0
         while True:
-            if len(record.completion) > place:
-                text, place = record.completion[place:], len(record.completion)
-                yield Piece(text, str(place))
+            if len(record.completion) > seen:
+                text, seen = record.completion[seen:], len(record.completion)
+                yield Piece(text, Place(record.id, seen))
             if record.status in TERMINAL:
-                yield last_event(outcome(record))
+                yield last_event(record.id, outcome(record))
                 return
             await anyio.sleep(POLL_SECONDS)
             try:
                 record = await anyio.to_thread.run_sync(self.find, record.owner_id, record.id)
             except NotFoundError as error:
-                yield Failed(error)
+                yield Failed(error, Place(record.id, None))
                 return

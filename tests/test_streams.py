@@ -86,7 +86,7 @@ def test_a_stream_gives_the_text_that_one_answer_gives(server: Server) -> None:
     assert streamed["generated_text"] == at_once["generated_text"]
 
 
-@pytest.mark.parametrize("place", [0, 1, 3, -2, -1])
+@pytest.mark.parametrize("place", [0, 1, 3, -2])
 def test_head_and_resumed_tail_are_the_stored_text(server: Server, place: int) -> None:
     whole = post_stream(server, PROMPT)
     head = whole[: whole.index(whole[place]) + 1]
@@ -105,10 +105,37 @@ def test_a_record_is_followed_while_it_is_written(server: Server) -> None:
     assert second[-1] == rest[-1]
 
 
+def ask_again(server: Server, path: str, last: str) -> httpx.Response:
+    return httpx.get(f"{server.url}{path}", headers={"Last-Event-ID": last}, timeout=60)
+
+
 def test_an_id_that_is_no_place_is_refused(server: Server) -> None:
-    answer = httpx.get(f"{server.url}/history/1/stream", headers={"Last-Event-ID": "x"})
-    assert answer.status_code == 422
+    record_id = post_stream(server, PROMPT)[0].data["id"]
+    path = f"/history/{record_id}/stream"
+    for last in ("x", "5", f"{record_id}:", f"{record_id}:-1", f"{record_id + 1}:0", "0:0"):
+        assert ask_again(server, path, last).status_code == 422, last
     assert httpx.get(f"{server.url}/history/999999/stream").status_code == 404
+
+
+def test_a_browser_that_comes_back_goes_on_and_begins_nothing(server: Server) -> None:
+    path = "/text/generate/stream?prompt=Once+upon+a+time"
+    with httpx.stream("GET", server.url + path, timeout=60) as answer:
+        following = events(answer.iter_lines())
+        head = [next(following) for _ in range(4)]
+    answer = ask_again(server, path, head[-1].id)
+    tail = list(events(answer.text.splitlines()))
+    found = ended(server, head[0].data["id"])
+    assert found["generated_text"] == "Once upon a time" + text_of(head) + text_of(tail)
+    over = ask_again(server, path, tail[-1].id)
+    assert (over.status_code, over.content) == (204, b"")
+    newest = httpx.get(f"{server.url}/history?limit=1").json()
+    assert newest[0]["id"] == found["id"]
+
+
+def test_a_stream_whose_end_was_seen_has_nothing_more(server: Server) -> None:
+    done = post_stream(server, PROMPT)[-1]
+    over = ask_again(server, f"/history/{done.data['id']}/stream", done.id)
+    assert (over.status_code, over.content) == (204, b"")
 
 
 def test_hanging_up_stops_the_generation_and_keeps_its_text(server: Server) -> None:
