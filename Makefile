@@ -25,6 +25,7 @@ bench: .venv/dev ## measure speed against the baselines, in one table
 bench-db: .venv/dev ## measure the history: ROWS="10000 1000000 10000000" make bench-db
 	$(BIN)/python -m benchmarks.history --rows $(ROWS) --out docs/history.json
 	$(BIN)/python -m benchmarks.history_chart docs/history.json docs/history.svg
+	$(BIN)/python -m benchmarks.transfer
 
 torture: .venv/dev ## kill it and its databases under load, cut the power; count what was lost
 	$(BIN)/python -m benchmarks.kill_test --kills 100

@@ -1,6 +1,5 @@
 """How values are kept in columns, alike on every database. Imports nothing of ours."""
 
-import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,7 +19,7 @@ USUAL = {
     "repetition_penalty": 1.0,
     "stop": [],
 }
-USUAL_JSON = {name: json.dumps(value) for name, value in USUAL.items()}
+USUAL_REPR = {name: repr(value) for name, value in USUAL.items()}
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -73,11 +72,11 @@ class Parameters(TypeDecorator[dict[str, Any]]):
 def shortened(parameters: dict[str, Any]) -> Any:
     if not USUAL.keys() <= parameters.keys():
         return parameters
-    # As JSON: in Python 1 is 1.0 and True.
+    # As they are written: in Python 1 is 1.0 and True.
     other = {
         name: value
         for name, value in parameters.items()
-        if name not in USUAL or json.dumps(value) != USUAL_JSON[name]
+        if name not in USUAL or repr(value) != USUAL_REPR[name]
     }
     return [other] if other else []
 

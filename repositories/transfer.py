@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, Select, Table, func, select, text
+from sqlalchemy import Select, Table, func, select, text
 from sqlalchemy.orm import Session, aliased
 
 from models import TERMINAL, Base, Conversation, GenerationRecord, HistoryQuery, UsageDelta
@@ -37,23 +37,23 @@ def records_between(
     after: int,
     through: int,
     count: int,
-) -> Sequence[Row[Any]]:
+) -> list[Values]:
     """The first ``count`` records with ``after`` < id <= ``through``, by id.
 
     An answer from the cache comes with the text that it shows.
     """
     own, source = GenerationRecord.__table__.c, aliased(GenerationRecord.__table__).c
     texts = [func.coalesce(source[name], own[name]).label(name) for name in TEXTS]
-    columns = [column for column in own if column.name not in TEXTS]
+    columns = [column for column in own if column.name not in LEFT.union(TEXTS)]
     statement = wanted_records(select(*columns, *texts), owner_id, query)
     statement = statement.outerjoin(source.id.table, source.id == own.source_id)
     statement = statement.where(GenerationRecord.id > after, GenerationRecord.id <= through)
-    return session.execute(statement.order_by(GenerationRecord.id).limit(count)).all()
+    return all_values(session, statement.order_by(GenerationRecord.id).limit(count))
 
 
 def conversations_after(
     session: Session, owner_id: str | None, query: HistoryQuery, after: int, count: int
-) -> Sequence[Row[Any]]:
+) -> list[Values]:
     """The first ``count`` conversations with a greater id than ``after``, by id.
 
     Where the query wants some records only, those conversations that hold one of them.
@@ -66,7 +66,14 @@ def conversations_after(
         statement = statement.where(
             held.where(GenerationRecord.conversation_id == Conversation.id).exists()
         )
-    return session.execute(statement.order_by(Conversation.id).limit(count)).all()
+    return all_values(session, statement.order_by(Conversation.id).limit(count))
+
+
+def all_values(session: Session, statement: Select[Any]) -> list[Values]:
+    """Past the ORM, and by name without looking each name up in each row."""
+    found = session.connection().execute(statement)
+    names = tuple(found.keys())
+    return [dict(zip(names, row, strict=True)) for row in found.all()]
 
 
 def wanted_records(

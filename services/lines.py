@@ -4,6 +4,7 @@ The contract's field names, and beside them what it takes to have the same row a
 Knows no files and no database: lines in, values of rows out, and back.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,7 +18,6 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import ErrorDetails, from_json, to_json
-from sqlalchemy import Row
 
 from models import (
     LOCAL_OWNER,
@@ -173,54 +173,54 @@ def refuse_nul(line: Line) -> None:
             raise BrokenLineError(f"{name}: Text must not contain NUL characters")
 
 
-def conversation_line(row: Row[Any]) -> bytes:
+def conversation_line(row: Mapping[str, Any]) -> bytes:
     return (
         to_json(
             {
                 "object": "conversation",
-                "id": row.id,
-                "owner_id": row.owner_id,
-                "title": row.title,
-                "model_type": row.model_type,
-                "initial_prompt": row.initial_prompt,
-                "title_pending": row.title_pending,
-                "created_at": row.created_at,
-                "updated_at": row.updated_at,
+                "id": row["id"],
+                "owner_id": row["owner_id"],
+                "title": row["title"],
+                "model_type": row["model_type"],
+                "initial_prompt": row["initial_prompt"],
+                "title_pending": row["title_pending"],
+                "created_at": row["created_at"],
+                "updated_at": row["updated_at"],
             }
         )
         + b"\n"
     )
 
 
-def record_line(row: Row[Any]) -> bytes:
+def record_line(row: Mapping[str, Any]) -> bytes:
     return (
         to_json(
             {
                 "object": "record",
-                "id": row.id,
-                "owner_id": row.owner_id,
-                "prompt": row.prompt,
-                "generated_text": row.prompt + row.completion,
-                "model_name": row.model_name,
-                "created_at": row.created_at,
-                "updated_at": row.updated_at,
-                "status": row.status,
-                "finish_reason": row.finish_reason,
-                "user_id": row.user_id,
-                "conversation_id": row.conversation_id,
-                "prompt_tokens": row.prompt_tokens,
-                "completion_tokens": row.completion_tokens,
-                "total_tokens": row.prompt_tokens + row.completion_tokens,
-                "cached": row.source_id is not None,
-                "seed": row.seed,
-                "duration_ms": row.duration_ms,
-                "model_fingerprint": row.model_fingerprint,
-                "dtype": row.dtype,
-                "parameters": dict(sorted(row.parameters.items())),
-                "attempts": row.attempts,
-                "source_id": row.source_id,
-                "pinned": row.pinned,
-                "text_removed_at": row.text_removed_at,
+                "id": row["id"],
+                "owner_id": row["owner_id"],
+                "prompt": row["prompt"],
+                "generated_text": row["prompt"] + row["completion"],
+                "model_name": row["model_name"],
+                "created_at": row["created_at"],
+                "updated_at": row["updated_at"],
+                "status": row["status"],
+                "finish_reason": row["finish_reason"],
+                "user_id": row["user_id"],
+                "conversation_id": row["conversation_id"],
+                "prompt_tokens": row["prompt_tokens"],
+                "completion_tokens": row["completion_tokens"],
+                "total_tokens": row["prompt_tokens"] + row["completion_tokens"],
+                "cached": row["source_id"] is not None,
+                "seed": row["seed"],
+                "duration_ms": row["duration_ms"],
+                "model_fingerprint": row["model_fingerprint"],
+                "dtype": row["dtype"],
+                "parameters": dict(sorted(row["parameters"].items())),
+                "attempts": row["attempts"],
+                "source_id": row["source_id"],
+                "pinned": row["pinned"],
+                "text_removed_at": row["text_removed_at"],
             }
         )
         + b"\n"

@@ -9,19 +9,15 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from database import Database
 from errors import CommandError
 from models import Conversation, HistoryQuery
 from repositories import transfer
-from services.lines import BrokenLineError, Incoming, conversation_line, parse, record_line
+from services.lines import BrokenLineError, conversation_line, parse, record_line
 
-Values = dict[str, Any]
-Rows = list[Incoming | BrokenLineError]
-
-BATCH_ROWS = 500
-BATCH_BYTES = 1 << 19
+BATCH_ROWS = 1000
 TAIL_BYTES = 1 << 16
 
 Progress = Callable[[int, int], None]  # how far it has come, of how much
@@ -142,7 +138,7 @@ def export_lines(
             progress(through, through)
             return
         yield b"".join(map(record_line, rows))
-        record = rows[-1].id
+        record = rows[-1]["id"]
         progress(record, through)
 
 
@@ -155,4 +151,4 @@ def conversation_lines(
         if not rows:
             return
         yield b"".join(map(conversation_line, rows))
-        after = rows[-1].id
+        after = rows[-1]["id"]
