@@ -5,8 +5,10 @@ long, a statement ``STATEMENT_FACTOR`` times as long.
 """
 
 import math
+from functools import partial
 from typing import Any
 
+import psycopg
 from sqlalchemy import URL, Engine, create_engine, event, make_url, text
 
 from sqlite_file import WriteLock, begin, watch_errors
@@ -51,9 +53,38 @@ def open_engine(
     arguments = mysql_arguments(timeout) if mysql else postgres_arguments(timeout)
     arguments = {name: value for name, value in arguments.items() if name not in url.query}
     engine = create_engine(url, connect_args=arguments, **options)
+    if not mysql:
+        event.listen(engine, "do_connect", partial(connect_postgres, statement_seconds(timeout)))
     set_up = set_up_mysql if mysql else set_up_postgres
     event.listen(engine, "connect", lambda connection, _: set_up(connection, timeout))
     return engine
+
+
+def statement_seconds(timeout: float) -> float:
+    """How long an answer may take before its server is taken for dead: it ends a statement
+    sooner itself."""
+    return timeout * (STATEMENT_FACTOR + 1)
+
+
+class PostgresConnection(psycopg.Connection[Any]):
+    """Waits so many seconds for a server that keeps the connection and says nothing."""
+
+    longest: float = math.inf
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        try:
+            return super().wait(gen, interval, self.longest if timeout is None else timeout)
+        except psycopg.errors._WaitTimeout:
+            self.pgconn.finish()  # in the middle of an answer: nothing can follow
+            raise
+
+
+def connect_postgres(
+    longest: float, _: Any, __: Any, arguments: list[Any], options: dict[str, Any]
+) -> PostgresConnection:
+    connection = PostgresConnection.connect(*arguments, **options)
+    connection.longest = longest
+    return connection
 
 
 def postgres_arguments(timeout: float) -> dict[str, Any]:
@@ -68,11 +99,10 @@ def postgres_arguments(timeout: float) -> dict[str, Any]:
 
 
 def mysql_arguments(timeout: float) -> dict[str, Any]:
-    longest = timeout * (STATEMENT_FACTOR + 1)
     return {
         "connect_timeout": math.ceil(min(timeout, LONGEST_CONNECT)),
-        "read_timeout": longest,
-        "write_timeout": longest,
+        "read_timeout": statement_seconds(timeout),
+        "write_timeout": statement_seconds(timeout),
     }
 
 

@@ -1,5 +1,7 @@
 """Connections: the waits are bounded, alike on every server, and an unsafe server is refused."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from database import Database, transaction
 from errors import StartError, StorageUnavailableError
 from models import GenerationRecord
 from repositories import records
+from tests.database_servers import Postgres, running
 from tests.databases import fresh_database
 from tests.test_history import insert
 
@@ -84,6 +87,24 @@ def test_a_connection_that_the_server_closed_is_replaced(impatient: Database) ->
     with impatient.sessions() as one, impatient.sessions() as two:
         insert(one)
         insert(two)
+
+
+def test_a_postgresql_that_says_nothing_any_more_is_given_up_in_time() -> None:
+    with running(Postgres(), last="immediate") as server:
+        database = Database(server.url, TIMEOUT, pool_size=2)
+        with database.engine.connect() as connection:
+            backend = connection.scalar(text("SELECT pg_backend_pid()"))
+            os.kill(backend, signal.SIGSTOP)
+            try:
+                began = time.monotonic()
+                with pytest.raises(OperationalError):
+                    connection.execute(text("SELECT 1"))
+                assert time.monotonic() - began < TIMEOUT * (STATEMENT_FACTOR + 1) + 5
+            finally:
+                os.kill(backend, signal.SIGCONT)
+        with database.engine.connect() as connection:  # a new one
+            assert connection.scalar(text("SELECT pg_backend_pid()")) != backend
+        database.close()
 
 
 def test_what_is_not_committed_is_not_seen(database: Database) -> None:
