@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import psycopg
-from sqlalchemy import URL, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Engine, StaticPool, create_engine, event, make_url, text
 
 from sqlite_file import WriteLock, begin, watch_errors
 
@@ -57,6 +57,14 @@ def open_engine(
         event.listen(engine, "do_connect", partial(connect_postgres, statement_seconds(timeout)))
     set_up = set_up_mysql if mysql else set_up_postgres
     event.listen(engine, "connect", lambda connection, _: set_up(connection, timeout))
+    return engine
+
+
+def open_reader(url: URL, lock: WriteLock) -> Engine:
+    """One connection to a SQLite file, for one thread: no transaction, and no wait for a lock."""
+    engine = create_engine(url, creator=lock.connect, poolclass=StaticPool, hide_parameters=True)
+    event.listen(engine, "connect", lambda made, _: made.execute("PRAGMA busy_timeout=0"))
+    watch_errors(engine, lock)
     return engine
 
 

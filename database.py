@@ -8,9 +8,9 @@ needs in ``sqlite_file.py``.
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -22,20 +22,28 @@ from alembic.util.exc import CommandError
 from fastapi import Request
 from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, inspect, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from connections import normalise_url, open_engine, unsafe_commits
+from connections import normalise_url, open_engine, open_reader, unsafe_commits
 from errors import StartError, StorageUnavailableError
 from log import event as event_log
-from sqlite_file import PageCheck, WriteLock, database_file, truncate_log, vacuum
+from sqlite_file import PageCheck, WriteLock, database_file, is_busy, truncate_log, vacuum
 
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_PATIENCE = 600.0  # seconds to wait for another process's migration
 MIGRATION_LOCK = "ai-database-service-migration"
+
+Result = TypeVar("Result")
 
 
 class Database:
@@ -67,6 +75,7 @@ class Database:
         self.sessions = sessionmaker(
             self.engine, expire_on_commit=False, info={"write_lock": self.write_lock}
         )
+        self.reader = Reader(self.sessions)
 
     @property
     def damaged(self) -> bool:
@@ -79,6 +88,8 @@ class Database:
             self.page_check.start()
         if not self.damaged:
             self.migrate()
+            if self.write_lock is not None:
+                self.reader.connect(open_reader(self.url, self.write_lock))
 
     def migrate(self) -> None:
         """Bring the schema to this version, one process at a time. Raises StartError."""
@@ -200,7 +211,46 @@ class Database:
     def close(self) -> None:
         if self.page_check is not None:
             self.page_check.stop()
+        self.reader.close()
         self.engine.dispose()
+
+
+class Reader:
+    """Runs queries of a single statement that answer a request.
+
+    In a SQLite file such a query takes less than to hand it to another thread, so it runs on the
+    event loop, in a session that stays open; where it would have to wait for a lock, and on a
+    server, it runs in a thread like everything else.
+    """
+
+    def __init__(self, sessions: sessionmaker[Session]) -> None:
+        self.sessions = sessions
+        self.session: Session | None = None  # the event loop's
+
+    def connect(self, engine: Engine) -> None:
+        """Keep a session for the event loop; to connect may take a while."""
+        self.session = Session(engine)
+        self.session.connection()
+
+    async def run(self, query: Callable[..., Result], *args: object) -> Result:
+        """What ``query`` returns of a session and ``args``."""
+        if self.session is not None:
+            try:
+                return query(self.session, *args)
+            except OperationalError as error:
+                if error.orig is None or not is_busy(error.orig):
+                    raise
+
+        def in_thread() -> Result:
+            with self.sessions() as session:
+                return query(session, *args)
+
+        return await anyio.to_thread.run_sync(in_thread)
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session.close()
+            self.session.get_bind().engine.dispose()
 
 
 def unreadable(error: DBAPIError) -> StartError:
@@ -265,3 +315,9 @@ async def get_db(request: Request) -> AsyncIterator[Session]:
                 await anyio.to_thread.run_sync(session.close, limiter=anyio.CapacityLimiter(1))
         else:
             session.close()
+
+
+async def get_reader(request: Request) -> Reader:
+    """For queries of a single statement."""
+    database: Database = request.app.state.database
+    return database.reader

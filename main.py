@@ -19,7 +19,7 @@ from fastapi import FastAPI, Response
 import log
 from api import conversations, operations, streams
 from api import history as history_routes
-from api.dependencies import DbSession, Generation, OnceKey, Owner, tell_replayed
+from api.dependencies import DbReader, DbSession, Generation, OnceKey, Owner, tell_replayed
 from api.errors import add_handlers, responses
 from api.history import RecordId
 from api.middleware import BodyLimit, OneLineStartError, RequestContext, SlowReaderLimit
@@ -162,14 +162,15 @@ def generate(
 
 
 @app.get("/history/{record_id}", response_model=Record, responses=responses(404, 503))
-def get_record(record_id: RecordId, session: DbSession, owner: Owner) -> Response:
+async def get_record(record_id: RecordId, reader: DbReader, owner: Owner) -> Response:
     """One record, as it was answered."""
-    return shaped(Record, history.read(session, owner, record_id))
+    return shaped(await reader.run(history.read, owner, record_id))
 
 
+# Tried in this order, each route costing a little: what is asked most comes first.
+app.include_router(conversations.router)
 app.include_router(history_routes.router)
 app.include_router(streams.router)
-app.include_router(conversations.router)
 app.include_router(operations.router)
 
 

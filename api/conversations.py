@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from api.dependencies import (
+    DbReader,
     DbSession,
     Generation,
     OnceKey,
@@ -84,8 +85,10 @@ def create_conversation(
     response_model=ConversationOut,
     responses=responses(404, 503),
 )
-def get_conversation(conversation_id: ConversationId, session: DbSession, owner: Owner) -> Response:
-    return shaped(ConversationOut, conversations.read(session, owner, conversation_id))
+async def get_conversation(
+    conversation_id: ConversationId, reader: DbReader, owner: Owner
+) -> Response:
+    return shaped(await reader.run(conversations.read, owner, conversation_id))
 
 
 @router.put(

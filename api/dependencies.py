@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Request, Response
 from sqlalchemy.orm import Session
 
-from database import get_db
+from database import Reader, get_db, get_reader
 from errors import InvalidRequestError
 from models import LOCAL_OWNER
 from services.generation import Answer, GenerationService
@@ -16,6 +16,7 @@ from services.streams import Streams
 
 # With "function" the session is closed before the answer is sent, not after.
 DbSession = Annotated[Session, Depends(get_db, scope="function")]
+DbReader = Annotated[Reader, Depends(get_reader)]
 
 
 async def get_owner() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Select, bindparam, select, union, update
 from sqlalchemy.orm import Session
 
-from models import Conversation, ConversationQuery, GenerationRecord, Page, Status
+from models import Conversation, ConversationOut, ConversationQuery, GenerationRecord, Page, Status
 from repositories import search
 from repositories.records import changed, hand_over
 from words import MESSAGE_MARK, Term, mark, parse_search, record_marks, title_words
@@ -16,6 +16,11 @@ SAME_MARK = 10  # messages whose conversations may share a mark
 
 ONE = select(Conversation).where(
     Conversation.id == bindparam("conversation_id"), Conversation.owner_id == bindparam("owner_id")
+)
+
+TABLE = Conversation.__table__
+SHOWN = select(*(TABLE.c[name] for name in ConversationOut.model_fields)).where(
+    TABLE.c.id == bindparam("conversation_id"), TABLE.c.owner_id == bindparam("owner_id")
 )
 
 
@@ -41,6 +46,13 @@ def index_title_again(session: Session, conversation_id: int) -> None:
 
 def get(session: Session, owner_id: str, conversation_id: int) -> Conversation | None:
     return session.scalar(ONE, {"conversation_id": conversation_id, "owner_id": owner_id})
+
+
+def shown(session: Session, owner_id: str, conversation_id: int) -> ConversationOut | None:
+    """One conversation as it is answered, without the costs of an object that could be changed."""
+    given = {"conversation_id": conversation_id, "owner_id": owner_id}
+    row = session.execute(SHOWN, given).first()
+    return None if row is None else ConversationOut.model_validate(row)
 
 
 def page(

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.strategy_options import lazyload
 
-from models import TERMINAL, FinishReason, GenerationRecord, HistoryQuery, Status
+from models import TERMINAL, FinishReason, GenerationRecord, HistoryQuery, Record, Status
 from repositories import blocks, search, usage
 from words import parse_search, record_marks, record_words
 
@@ -38,6 +38,19 @@ ONE = (
         GenerationRecord.owner_id == bindparam("owner_id"),
     )
     .options(lazyload(GenerationRecord.source))
+)
+TABLE = GenerationRecord.__table__
+SOURCE = TABLE.alias("source")
+SHOWN = (
+    select(
+        *(TABLE.c[name] for name in Record.model_fields if name in TABLE.c),
+        TABLE.c.completion,
+        TABLE.c.source_id,
+        SOURCE.c.prompt.label("source_prompt"),
+        SOURCE.c.completion.label("source_completion"),
+    )
+    .select_from(TABLE.outerjoin(SOURCE, SOURCE.c.id == TABLE.c.source_id))
+    .where(TABLE.c.id == bindparam("record_id"), TABLE.c.owner_id == bindparam("owner_id"))
 )
 IN_PROGRESS = (
     select(GenerationRecord.__table__)
@@ -210,6 +223,24 @@ def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord | N
     if record is not None and record.source_id is not None:
         session.refresh(record, ["source"])
     return record
+
+
+def shown(session: Session, owner_id: str, record_id: int) -> Record | None:
+    """One record as it is answered, without the costs of an object that could be changed."""
+    given = {"record_id": record_id, "owner_id": owner_id}
+    row = session.execute(SHOWN, given).first()
+    if row is None:
+        return None
+    prompt, completion = row.prompt, row.completion
+    if row.source_prompt is not None:
+        prompt, completion = row.source_prompt, row.source_completion
+    views = {
+        "prompt": prompt,
+        "generated_text": prompt + completion,
+        "total_tokens": row.prompt_tokens + row.completion_tokens,
+        "cached": row.source_id is not None,
+    }
+    return Record.model_validate(row._asdict() | views)
 
 
 def find(session: Session, owner_id: str | None, record_id: int) -> GenerationRecord | None:

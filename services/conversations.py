@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 
 from sqlalchemy.orm import Session
 
-from database import release, transaction
+from database import transaction
 from errors import ConflictError, NotFoundError
 from log import event
 from models import (
     TERMINAL,
     Conversation,
     ConversationCreate,
+    ConversationOut,
     ConversationQuery,
     ConversationUpdate,
     GenerationRecord,
@@ -70,10 +71,11 @@ def get(session: Session, owner_id: str, conversation_id: int) -> Conversation:
     return conversation
 
 
-def read(session: Session, owner_id: str, conversation_id: int) -> Conversation:
-    """As ``get``, and the connection goes back at once."""
-    conversation = get(session, owner_id, conversation_id)
-    release(session)
+def read(session: Session, owner_id: str, conversation_id: int) -> ConversationOut:
+    """A conversation as it is answered, in one statement. Raises NotFoundError."""
+    conversation = conversations.shown(session, owner_id, conversation_id)
+    if conversation is None:
+        raise conversation_not_found()
     return conversation
 
 

@@ -10,7 +10,7 @@ from database import release, transaction
 from engine.sampling import FinishReason
 from errors import ConflictError, NotFoundError
 from log import event
-from models import TERMINAL, GenerationRecord, HistoryQuery
+from models import TERMINAL, GenerationRecord, HistoryQuery, Record
 from repositories import records
 from services import search
 from services.live import LiveGenerations
@@ -28,10 +28,11 @@ def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord:
     return record
 
 
-def read(session: Session, owner_id: str, record_id: int) -> GenerationRecord:
-    """As ``get``, and the connection goes back at once."""
-    record = get(session, owner_id, record_id)
-    release(session)
+def read(session: Session, owner_id: str, record_id: int) -> Record:
+    """A record as it is answered, in one statement. Raises NotFoundError, as ``get``."""
+    record = records.shown(session, owner_id, record_id)
+    if record is None:
+        raise NotFoundError
     return record
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy.orm import Session
 
 from database import Database, transaction
+from errors import NotFoundError
 from models import GenerationRecord
 from repositories import conversations
+from services import conversations as service
 from tests.sse import events, text_of
 from tests.test_history import NOON, OWNER, insert
 
@@ -221,3 +224,19 @@ def test_a_title_set_by_hand_stays(client: TestClient) -> None:
     later = new(client, initial_prompt="Tell me another one, of a king who had three daughters")
     title_after_a_while(client, later["id"], later["title"])
     assert client.get(f"/conversations/{conversation['id']}").json()["title"] == "Mine"
+
+
+def test_nobody_reads_what_another_owner_has(session: Session) -> None:
+    with transaction(session):
+        theirs = conversations.add(
+            session,
+            "somebody else",
+            title="Secret",
+            model_type="tiny-gpt2",
+            created_at=NOON,
+            updated_at=NOON,
+        )
+    for look in (service.get, service.read):
+        assert look(session, "somebody else", theirs.id).title == "Secret"
+        with pytest.raises(NotFoundError):
+            look(session, OWNER, theirs.id)

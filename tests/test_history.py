@@ -95,8 +95,9 @@ def test_each_filter_finds_its_own(session: Session) -> None:
 def test_nobody_sees_what_another_owner_has(session: Session) -> None:
     theirs = insert(session, owner="somebody else")
     assert ids(session) == []
-    with pytest.raises(NotFoundError):
-        history.get(session, OWNER, theirs)
+    for look in (history.get, history.read):
+        with pytest.raises(NotFoundError):
+            look(session, OWNER, theirs)
     session.rollback()
     with pytest.raises(NotFoundError):
         history.delete(session, OWNER, theirs)
