@@ -26,7 +26,7 @@ from api.middleware import BodyLimit, OneLineStartError, RequestContext, SlowRea
 from api.shapes import shaped
 from database import Database
 from errors import StartError
-from models import GenerateRequest, GenerationRecord, Record
+from models import GenerateRequest, Record
 from services import history
 from services.cache import ResponseCache
 from services.checkpoints import CHECKPOINT_SECONDS, Checkpointer
@@ -149,16 +149,16 @@ app.add_middleware(OneLineStartError)
 @app.post("/generate", response_model=Record, responses=responses(400, 409, 413, 500, 503, 504))
 def generate(
     request: GenerateRequest,
-    response: Response,
     session: DbSession,
     owner: Owner,
     service: Generation,
     key: OnceKey,
-) -> GenerationRecord:
+) -> Response:
     """Continue a prompt. The record is stored before it is answered."""
     answer = service.generate(session, owner, request, key)
+    response = shaped(Record.model_validate(answer.record))
     tell_replayed(response, answer)
-    return answer.record
+    return response
 
 
 @app.get("/history/{record_id}", response_model=Record, responses=responses(404, 503))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -16,6 +16,12 @@ from models import HistoryQuery, RecordBlock
 
 BITS = 12  # 4096 ids a block
 STEP = timedelta(minutes=10)
+
+KNOWN = select(RecordBlock.block).where(  # asked with each record: built once
+    RecordBlock.block == bindparam("of"),
+    RecordBlock.earliest <= bindparam("from"),
+    RecordBlock.latest >= bindparam("to"),
+)
 
 
 def note(session: Session, created: Iterable[tuple[int, datetime]]) -> None:
@@ -33,12 +39,7 @@ def step_of(moment: datetime) -> datetime:
 
 
 def widen(session: Session, block: int, earliest: datetime, latest: datetime) -> None:
-    known = select(RecordBlock.block).where(
-        RecordBlock.block == block,
-        RecordBlock.earliest <= earliest,
-        RecordBlock.latest >= latest,
-    )
-    if session.scalar(known) is not None:
+    if session.scalar(KNOWN, {"of": block, "from": earliest, "to": latest}) is not None:
         return
     values = {"block": block, "earliest": earliest, "latest": latest}
     session.execute(upsert(session.get_bind().dialect.name).values(**values))

@@ -52,6 +52,18 @@ SHOWN = (
     .select_from(TABLE.outerjoin(SOURCE, SOURCE.c.id == TABLE.c.source_id))
     .where(TABLE.c.id == bindparam("record_id"), TABLE.c.owner_id == bindparam("owner_id"))
 )
+ROWS = select(TABLE).where(TABLE.c.id.in_(bindparam("ids", expanding=True)))
+BY_CACHE_KEY = (
+    select(GenerationRecord)
+    .where(
+        GenerationRecord.cache_key == bindparam("cache_key"),
+        GenerationRecord.owner_id == bindparam("owner_id"),
+        GenerationRecord.status == Status.COMPLETED,
+        GenerationRecord.created_at > bindparam("since"),
+    )
+    .order_by(GenerationRecord.id.desc())
+    .limit(1)
+)
 IN_PROGRESS = (
     select(GenerationRecord.__table__)
     .where(
@@ -155,8 +167,7 @@ def index(session: Session, record_ids: Sequence[int]) -> None:
 
 
 def rows_of(session: Session, record_ids: Sequence[int]) -> list[Mapping[str, Any]]:
-    table = GenerationRecord.__table__
-    found = session.execute(select(table).where(table.c.id.in_(record_ids)))
+    found = session.execute(ROWS, {"ids": record_ids})
     return [dict(row) for row in found.mappings()]
 
 
@@ -301,17 +312,8 @@ def by_cache_key(
     session: Session, owner_id: str, cache_key: str, since: datetime
 ) -> GenerationRecord | None:
     """The latest complete answer to the same work."""
-    return session.scalar(
-        select(GenerationRecord)
-        .where(
-            GenerationRecord.cache_key == cache_key,
-            GenerationRecord.owner_id == owner_id,
-            GenerationRecord.status == Status.COMPLETED,
-            GenerationRecord.created_at > since,
-        )
-        .order_by(GenerationRecord.id.desc())
-        .limit(1)
-    )
+    given = {"cache_key": cache_key, "owner_id": owner_id, "since": since}
+    return session.scalar(BY_CACHE_KEY, given)
 
 
 def in_flight(session: Session, owner_id: str, flight_key: str) -> int | None:

@@ -13,6 +13,7 @@ database finds the same. How the index is kept differs:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -59,6 +60,7 @@ def put(session: Session, index: Index, rows: Iterable[tuple[int, str]]) -> None
         session.connection().execute(insertion(index, kind), values)
 
 
+@cache
 def insertion(index: Index, kind: str) -> Insert:
     """Takes an id, and words as ``stored`` gives them."""
     value: Any = bindparam("found_words")
