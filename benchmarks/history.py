@@ -6,7 +6,7 @@ Each database is made anew, filled (benchmarks/history_rows.py), measured throug
 repositories, and removed. PostgreSQL is the server that TEST_POSTGRES_URL names. Figures are
 milliseconds, p50 and p99 of so many calls after a warm-up; the table goes to standard output, and
 with --out all figures as JSON, from which benchmarks/history_chart.py draws. Ten million rows need
-some 12 GB on SQLite and most of an hour; the default is ten thousand and a million.
+some 10 GB on SQLite and most of an hour; the default is ten thousand and a million.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 from typing import Any, Literal
 
 from sqlalchemy import select, text
@@ -43,6 +44,7 @@ from tests.databases import VARIABLES, fresh_database
 
 Act = Callable[[Session, int], Any]
 PAGE, DEEP = 10, 1000
+RETENTION_SECONDS = 20.0
 LARGE_PAGE = 100  # what a client that reads a whole history asks for
 BY: tuple[Literal["model", "user"] | None, ...] = (None, "model", "user")
 HEAVIEST = "user-0"
@@ -159,6 +161,8 @@ def measure(database: Database, rows: int) -> dict[str, dict[str, float]]:
     if rows > skip:
         found["1,000th page of 100"] = timed(database, page(rows - skip + 1, LARGE_PAGE), 50)
         found["1,000th page of 100, OFFSET"] = timed(database, with_offset(skip, LARGE_PAGE), 10)
+    found["last page"] = timed(database, page(PAGE + 1), 50)
+    found["last page, OFFSET"] = timed(database, with_offset(rows - PAGE, PAGE), 5)
     for name, query in SEARCHES.items():
         found[f"search, {name}"] = timed(database, page(**query), 20)
     for by in BY:
@@ -171,11 +175,14 @@ def measure(database: Database, rows: int) -> dict[str, dict[str, float]]:
 
 
 def retention_beside_a_writer(database: Database) -> dict[str, float]:
-    """The oldest 1 % goes while somebody accepts and finishes: how long both take."""
+    """The oldest 1 % goes, as far as it gets, while somebody accepts and finishes."""
     limits = Limits(records=END - YEAR + YEAR / 100)
+    retention = Retention(database, None, None)
+    timer = Timer(RETENTION_SECONDS, retention.stop)
+    timer.start()
     with ThreadPoolExecutor(1) as pool:
         start = time.perf_counter()
-        run = pool.submit(Retention(database, None, None).run, limits)
+        run = pool.submit(retention.run, limits)
         times: list[float] = []
         while not run.done():
             with database.sessions() as session:
@@ -185,6 +192,7 @@ def retention_beside_a_writer(database: Database) -> dict[str, float]:
             time.sleep(0.005)
         seconds = time.perf_counter() - start
         removed = run.result()
+    timer.cancel()
     assert removed is not None
     found = percentiles(times) | {"max": max(times)}
     return {"removed": removed.records, "s": seconds} | {f"writer_{k}": v for k, v in found.items()}

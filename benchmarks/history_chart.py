@@ -18,17 +18,21 @@ SHOWN = (
     "get",
     "first page, all",
     "1,000th page, all",
-    "1,000th page, OFFSET",
+    "last page",
+    "last page, OFFSET",
     "search, rare word",
     "search, word in 5 %",
     "statistics, 30 days",
+    "statistics, 30 days, by user",
 )
 
 
 def draw(results: list[dict[str, Any]], file: Path) -> None:
     """A panel for each database, a line for each operation; both axes logarithmic."""
     kinds = list(dict.fromkeys(result["database"] for result in results))
-    figure, panels = plt.subplots(1, len(kinds), sharey=True, figsize=(5 * len(kinds), 4.5))
+    figure, panels = plt.subplots(
+        1, len(kinds), sharey=True, figsize=(4 * len(kinds) + 3, 4.5), layout="constrained"
+    )
     for panel, kind in zip([panels] if len(kinds) == 1 else panels, kinds, strict=True):
         of_kind = [result for result in results if result["database"] == kind]
         for name in SHOWN:
@@ -38,8 +42,8 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
         panel.set(title=kind, xlabel="records", xscale="log", yscale="log")
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("milliseconds, p50")
-    figure.axes[-1].legend(fontsize="small")
-    figure.tight_layout()
+    names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside right center", fontsize="small")
     figure.savefig(file)
 
 
