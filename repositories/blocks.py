@@ -4,7 +4,7 @@ A block's times are kept in whole ten minutes, so it is written once in ten minu
 record; between those moments nobody waits for anybody.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from models import HistoryQuery, RecordBlock
 
 BITS = 12  # 4096 ids a block
+FIRST_BLOCKS = 8  # mostly hold a page; to read the other blocks' times would take longer
 STEP = timedelta(minutes=10)
 
 KNOWN = select(RecordBlock.block).where(  # asked with each record: built once
@@ -66,13 +67,14 @@ def upsert(dialect: str) -> Any:
     )
 
 
-def id_ranges(session: Session, query: HistoryQuery) -> list[tuple[int, int | None]]:
+def id_ranges(session: Session, query: HistoryQuery) -> Iterator[tuple[int, int | None]]:
     """Where the records that a query wants may be, newest first: ids from, and ids below.
 
     One range of all ids where the query says nothing of times.
     """
     if query.created_after is None and query.created_before is None:
-        return [(0, query.after)]
+        yield 0, query.after
+        return
     wanted = select(RecordBlock.block).order_by(RecordBlock.block.desc())
     if query.created_after is not None:
         wanted = wanted.where(RecordBlock.latest > query.created_after)
@@ -80,11 +82,19 @@ def id_ranges(session: Session, query: HistoryQuery) -> list[tuple[int, int | No
         wanted = wanted.where(RecordBlock.earliest < query.created_before)
     if query.after is not None:
         wanted = wanted.where(RecordBlock.block <= query.after >> BITS)
+    blocks = session.scalars(wanted.limit(FIRST_BLOCKS)).all()
+    yield from neighbours(blocks, query.after)
+    if len(blocks) == FIRST_BLOCKS:
+        others = session.scalars(wanted.where(RecordBlock.block < blocks[-1])).all()
+        yield from neighbours(others, query.after)
+
+
+def neighbours(blocks: Iterable[int], after: int | None) -> list[tuple[int, int]]:
+    """Ids from, and ids below, of blocks that follow each other downwards."""
     ranges: list[tuple[int, int]] = []
-    for block in session.scalars(wanted):
+    for block in blocks:
         low, high = block << BITS, (block + 1) << BITS
         if ranges and ranges[-1][0] == high:
             high = ranges.pop()[1]
         ranges.append((low, high))
-    below = query.after
-    return [(low, high if below is None else min(high, below)) for low, high in ranges]
+    return [(low, high if after is None else min(high, after)) for low, high in ranges]

@@ -155,7 +155,7 @@ def filled_sqlite(tmp_path: Any) -> Any:
 def test_a_time_far_back_is_found_within_its_block(filled: Database) -> None:
     with filled.sessions() as session:
         query = HistoryQuery(**FILTERS["within"], limit=100)
-        assert blocks.id_ranges(session, query) == [(0, 4096)]
+        assert list(blocks.id_ranges(session, query)) == [(0, 4096)]
         found, more = records.page(session, OWNER, query)
         made = [record.created_at for record in found]
         assert made == [NOON + timedelta(minutes=599 - n) for n in range(99)]
@@ -171,3 +171,12 @@ def test_times_are_found_whatever_the_clock_did(session: Session) -> None:
         times: dict[str, Any] = {"created_after": NOON + timedelta(days=first)}
         times["created_before"] = NOON + timedelta(days=last)
         assert ids(session, **times) == wanted
+
+
+def test_times_are_found_in_more_blocks_than_are_read_at_once(session: Session) -> None:
+    made = [insert(session, id=block << blocks.BITS, created_at=NOON) for block in range(1, 21)]
+    assert len(made) > 2 * blocks.FIRST_BLOCKS
+    later = NOON + timedelta(days=1)
+    assert ids(session, created_before=later) == made[::-1]
+    assert ids(session, created_before=later, q="once") == made[::-1]
+    assert ids(session, created_before=later, after=made[12]) == made[11::-1]
