@@ -89,7 +89,7 @@ class Database:
         if not self.damaged:
             self.migrate()
             if self.write_lock is not None:
-                self.reader.connect(open_reader(self.url, self.write_lock))
+                self.reader.connect(open_reader(self.url, self.write_lock), self.write_lock)
 
     def migrate(self) -> None:
         """Bring the schema to this version, one process at a time. Raises StartError."""
@@ -226,15 +226,20 @@ class Reader:
     def __init__(self, sessions: sessionmaker[Session]) -> None:
         self.sessions = sessions
         self.session: Session | None = None  # the event loop's
+        self.lock: WriteLock | None = None  # its file's
 
-    def connect(self, engine: Engine) -> None:
+    def connect(self, engine: Engine, lock: WriteLock) -> None:
         """Keep a session for the event loop; to connect may take a while."""
-        self.session = Session(engine)
+        self.session, self.lock = Session(engine), lock
         self.session.connection()
 
     async def run(self, query: Callable[..., Result], *args: object) -> Result:
-        """What ``query`` returns of a session and ``args``."""
-        if self.session is not None:
+        """What ``query`` returns of a session and ``args``.
+
+        Raises StorageUnavailableError where another file lies in the place of the one that is open.
+        """
+        if self.session is not None and self.lock is not None:
+            self.lock.check_identity()
             try:
                 return query(self.session, *args)
             except OperationalError as error:
