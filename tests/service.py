@@ -44,6 +44,8 @@ def in_process(**environment: str) -> Iterator[TestClient]:
         try:
             with TestClient(app) as client:
                 yield client
+            # Two models that load at once import the same modules, for which they are not made.
+            app.state.models.thread.join()
         finally:
             app.state = before
 
