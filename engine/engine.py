@@ -6,6 +6,8 @@ model runs. Only the worker touches the runner. Knows no HTTP, no SQL, no settin
 """
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +43,7 @@ MAX_RUNNING = 64
 KV_TOKENS = 32 * 1024
 PREFILL_TOKENS = 256
 PREFIX_BYTES = 512 * 1024 * 1024
+NICE = 5  # of the worker; 0 is as everybody, 19 the least
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,7 @@ class Engine:
     @torch.inference_mode()
     def _work(self) -> None:
         try:
+            step_back()
             # Here, not in the constructor: OpenMP keeps a pool for each thread that computes, and
             # with more pool threads than cores each product waits for a sleeping one to wake.
             self.runner: Runner = self._build()
@@ -352,3 +356,13 @@ class Engine:
                 generation.error = EngineStoppedError(failure)
                 outputs.append(self._end(generation, Status.FAILED, FinishReason.ERROR))
         self._publish(outputs)
+
+
+def step_back() -> None:
+    """Let this thread, and those that it will make, give way to the others of the process.
+
+    Who computes is always ready to run; who answers a request has little to do and is waited for.
+    Linux alone has priorities of threads.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

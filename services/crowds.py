@@ -6,10 +6,13 @@ crowds. A commit waits for the disk and for its turn on processors that the mode
 statement: to run one takes SQLAlchemy longer than the database.
 """
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
@@ -45,8 +48,8 @@ class Crowds:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self.waiting: deque[Waiting] = deque()
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self.waiting: SimpleQueue[Waiting] = SimpleQueue()
+        Thread(target=self.run, name="writer", daemon=True).start()
 
     def write(self, write_all: WriteAll[Item, Result], item: Item, row: int = 0) -> Result:
         """What ``write_all`` returns for ``item``, once it is committed.
@@ -56,14 +59,16 @@ class Crowds:
         StorageUnavailableError, and then a server may have committed it all the same.
         """
         mine = Waiting(write_all, item, row)
-        self.waiting.append(mine)
-        self.writer.submit(self.write_waiting)
+        self.waiting.put(mine)
         result: Result = mine.result.result()
         return result
 
-    def write_waiting(self) -> None:
-        crowd = [self.waiting.popleft() for _ in range(min(len(self.waiting), MOST_TOGETHER))]
-        if crowd:
+    def run(self) -> None:
+        while True:
+            crowd = [self.waiting.get()]
+            with suppress(Empty):
+                while len(crowd) < MOST_TOGETHER:
+                    crowd.append(self.waiting.get_nowait())
             # In the order of their rows, as checkpoints are: no two transactions wait in a circle.
             self.write_together(sorted(crowd, key=lambda waiting: waiting.row))
 

@@ -4,6 +4,7 @@ The model is loaded in a thread of its own, so that the port is open and the his
 meanwhile.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -76,6 +77,10 @@ class ModelHost:
             self.fail(f"the model did not load ({type(error).__name__})")
             return
         engine.subscribe(self.on_step)
+        # A collection that looks at all that torch and transformers made stops every thread for a
+        # third of a second, and such come every few thousand tokens. None of it is ever garbage.
+        gc.collect()
+        gc.freeze()
         with self.lock:
             if self.closed:
                 engine.close(timeout=5.0)
