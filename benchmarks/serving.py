@@ -2,15 +2,19 @@
 
     python -m benchmarks.serving                    every server, 1 to 64 clients
     python -m benchmarks.serving --clients 32 --servers ours,naive --dtype bfloat16
+    python -m benchmarks.serving --servers unstored,ours --turns 8      small differences
 
 Each line of the table is one number of clients; its servers run one after the other in the same
-minutes, each alone on the machine, and are compared as ratios. GPT-2's 124M shapes with random
+minutes, each alone on the machine, and are compared as ratios. With ``--turns`` all are up at once
+and take turns, so that a machine whose speed changes disturbs them alike; the figures are medians,
+the ratio that of the turns' ratios. GPT-2's 124M shapes with random
 weights, short prompts, 44 new tokens each, sampling. All traffic stays on the loopback interface.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import statistics
@@ -19,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,32 +42,38 @@ class Server:
     """How to start one, what to ask it, and how often."""
 
     command: list[str]
+    port: int = PORT
     path: str = "/generate"
     health: str = "/health/ready"
     rounds: int = 3  # requests of each client
-    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
 
-def uvicorn(app: str) -> list[str]:
-    return [sys.executable, "-m", "uvicorn", app, "--port", str(PORT), "--log-level", "warning"]
+def uvicorn(app: str, port: int) -> Server:
+    command = [sys.executable, "-m", "uvicorn", app, "--port", str(port), "--log-level", "warning"]
+    return Server(command, port)
 
 
 def servers(model: Path, dtype: str) -> dict[str, Server]:
+    transformers, ours, unstored, naive = range(PORT, PORT + 4)
     serve = [str(Path(sys.executable).parent / "transformers"), "serve", str(model)]
-    serve += ["--continuous-batching", "--port", str(PORT), "--dtype", dtype, "--device", "cpu"]
+    serve += ["--continuous-batching", "--port", str(transformers), "--dtype", dtype]
+    serve += ["--device", "cpu"]
     return {
-        "ours": Server(uvicorn("main:app")),
-        "unstored": Server(uvicorn("benchmarks.unstored:app")),
-        "naive": Server(uvicorn("benchmarks.naive:app"), rounds=1),
-        "transformers": Server(serve, path="/v1/completions", health="/health", rounds=1),
+        "ours": uvicorn("main:app", ours),
+        "unstored": uvicorn("benchmarks.unstored:app", unstored),
+        "naive": replace(uvicorn("benchmarks.naive:app", naive), rounds=1),
+        "transformers": Server(serve, transformers, "/v1/completions", "/health", rounds=1),
     }
 
 
 @contextlib.contextmanager
 def running(server: Server, model: Path, dtype: str, work: Path) -> Iterator[int]:
     """Start a server, wait until it answers, and stop it again; its process id."""
-    environment = os.environ | server.environment
-    environment |= {
+    environment = os.environ | {
         "MODEL": str(model),
         "DTYPE": dtype,
         "DATABASE_URL": f"sqlite:///{work / f'{time.monotonic_ns()}.db'}",
@@ -76,7 +86,7 @@ def running(server: Server, model: Path, dtype: str, work: Path) -> Iterator[int
             server.command, cwd=ROOT, env=environment, stdout=output, stderr=output
         )
         try:
-            wait_until_ready(process, server.health)
+            wait_until_ready(process, server)
             yield process.pid
         finally:
             process.terminate()
@@ -86,11 +96,11 @@ def running(server: Server, model: Path, dtype: str, work: Path) -> Iterator[int
                 process.kill()
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], health: str) -> None:
+def wait_until_ready(process: subprocess.Popen[bytes], server: Server) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{PORT}{health}", timeout=5).status_code == 200:
+            if httpx.get(server.url + server.health, timeout=5).status_code == 200:
                 return
         time.sleep(0.3)
     raise SystemExit(f"{process.args!r} did not become ready")
@@ -116,9 +126,7 @@ async def load(
     """Send ``clients`` × ``rounds`` requests, ``clients`` at a time; the seconds each took."""
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     took: list[float] = []
-    async with httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{PORT}", timeout=600, limits=limits
-    ) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
 
         async def ask() -> None:
             for _ in range(rounds):
@@ -147,22 +155,22 @@ def latencies(
     """Milliseconds to the first piece of a stream, the median; and from piece to piece, the median
     and the 99th percentile. Every client reads one stream, all at the same time."""
     request = body(server, model, prompt_tokens)
-    streams = asyncio.run(read_streams(server.path + "/stream", request, clients))
+    streams = asyncio.run(read_streams(server, request, clients))
     first = statistics.median(times[1] - times[0] for times in streams)
     gaps = sorted(b - a for times in streams for a, b in pairwise(times[1:]))
     return 1e3 * first, (1e3 * gaps[len(gaps) // 2], 1e3 * gaps[len(gaps) * 99 // 100])
 
 
-async def read_streams(path: str, request: dict[str, object], clients: int) -> list[list[float]]:
+async def read_streams(
+    server: Server, request: dict[str, object], clients: int
+) -> list[list[float]]:
     """For each stream, when it was asked for and when its pieces came."""
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{PORT}", timeout=600, limits=limits
-    ) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
 
         async def read() -> list[float]:
             times = [time.perf_counter()]
-            async with client.stream("POST", path, json=request) as answer:
+            async with client.stream("POST", f"{server.path}/stream", json=request) as answer:
                 answer.raise_for_status()
                 async for line in answer.aiter_lines():
                     if line == "event: token":
@@ -189,6 +197,7 @@ def main() -> None:
     parser.add_argument("--clients", default="1,8,32,64")
     parser.add_argument("--servers", default="naive,transformers,unstored,ours")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--turns", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -200,18 +209,40 @@ def main() -> None:
         print(f"{args.dtype}, prompt {tokens} tokens, {NEW_TOKENS} new tokens a request")
         print("clients  server         tokens/s   of ours   median s   CPU s/1k   peak MiB")
         for clients in map(int, args.clients.split(",")):
-            results: dict[str, Result] = {}
-            for name in args.servers.split(","):
-                with running(known[name], model, args.dtype, work) as pid:
-                    results[name] = measure(known[name], model, tokens, clients, pid)
-            for name, result in results.items():
-                ratio = result.tokens_per_second / results.get("ours", result).tokens_per_second
-                print(
-                    f"{clients:7}  {name:13}{result.tokens_per_second:10.1f}{ratio:10.3f}"
-                    f"{result.median_seconds:11.2f}{result.cpu_seconds:11.2f}"
-                    f"{result.peak_mib:11.0f}",
-                    flush=True,
-                )
+            turns: list[dict[str, Result]] = []
+            with contextlib.ExitStack() as stack:
+                pids: dict[str, int] = {}
+                for _, name in itertools.product(range(args.turns or 1), args.servers.split(",")):
+                    if name not in pids:
+                        if not args.turns:
+                            stack.close()
+                        up = running(known[name], model, args.dtype, work)
+                        pids[name] = stack.enter_context(up)
+                    result = measure(known[name], model, tokens, clients, pids[name])
+                    if not turns or name in turns[-1]:
+                        turns.append({})
+                    turns[-1][name] = result
+            show(clients, turns)
+
+
+def show(clients: int, turns: list[dict[str, Result]]) -> None:
+    for name in turns[0]:
+        results = [turn[name] for turn in turns]
+        speeds = [result.tokens_per_second for result in results]
+        ratios = [
+            speed / turn.get("ours", turn[name]).tokens_per_second
+            for speed, turn in zip(speeds, turns, strict=True)
+        ]
+        figures = [
+            statistics.median(getattr(result, column) for result in results)
+            for column in ("median_seconds", "cpu_seconds", "peak_mib")
+        ]
+        print(
+            f"{clients:7}  {name:13}{statistics.median(speeds):10.1f}"
+            f"{statistics.median(ratios):10.3f}"
+            f"{figures[0]:11.2f}{figures[1]:11.2f}{figures[2]:11.0f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """This service's engine behind one route that stores nothing: what storing costs."""
 
+import gc
 import os
+import sys
 from typing import Any
 
 import anyio.to_thread
@@ -8,12 +10,16 @@ from fastapi import FastAPI
 
 from engine.engine import Engine
 from engine.loading import load_model
+from main import SWITCH_SECONDS
 from models import GenerateRequest
 from services.planning import plan_prompt
 
 app = FastAPI()
 model = load_model(os.environ["MODEL"], os.environ.get("DTYPE", "auto"), "cpu")
 engine = Engine(model, max_waiting=1024)
+sys.setswitchinterval(SWITCH_SECONDS)
+gc.collect()
+gc.freeze()
 
 
 @app.get("/health/ready")
