@@ -1,7 +1,11 @@
 """Writes running texts into their rows as they grow, all together, and looks for cancellations.
 
-What a follower saw more than a second before a crash is in the row.
+What a follower saw more than a second before a crash is in the row. Where nobody has looked yet,
+as while a client waits for one whole answer, the text is kept all the same, but less often: for 32
+such at once, twice a second would cost 3 % of the tokens.
 """
+
+import time
 
 from database import Database, transaction
 from repositories import records
@@ -10,6 +14,7 @@ from services.leases import LeaseKeeper
 from services.live import Live, LiveGenerations
 
 CHECKPOINT_SECONDS = 0.5
+UNSEEN_SECONDS = 5.0
 
 
 class Checkpointer:
@@ -31,7 +36,8 @@ class Checkpointer:
         running = [live for live in self.live.all() if live.seconds() > CHECKPOINT_SECONDS]
         if not running:
             return
-        grown = {live: found for live in running if (found := new_text(live)) is not None}
+        due = filter(is_due, running)
+        grown = {live: found for live in due if (found := new_text(live)) is not None}
         with self.database.sessions() as session:
             if grown:
                 with transaction(session):
@@ -41,7 +47,12 @@ class Checkpointer:
                     )
             self.live.cancel(records.to_cancel(session, self.lease.lease_id))
         for live, found in grown.items():
-            live.checkpointed = len(found[0])
+            live.checkpointed, live.checkpointed_at = len(found[0]), time.monotonic()
+
+
+def is_due(live: Live) -> bool:
+    """Whether its text is to be written now, if it has grown."""
+    return live.seen or time.monotonic() - live.checkpointed_at > UNSEEN_SECONDS
 
 
 def new_text(live: Live) -> tuple[str, int] | None:

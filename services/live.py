@@ -33,6 +33,8 @@ class Live:
         self.began = time.monotonic()
         self.outcome: GenerationRecord | ServiceError | None = None
         self.checkpointed = 0  # characters stored so far
+        self.checkpointed_at = self.began
+        self.seen = False  # by a follower, ever
         self.followers = 0
         self.version = 0
         self.changed = asyncio.Event()
@@ -49,6 +51,7 @@ class Live:
     async def follow(self, offset: int) -> AsyncGenerator[str]:
         """Pieces of the text from character ``offset`` on, until the end is stored."""
         self.followers += 1
+        self.seen = True
         try:
             while True:
                 seen, ended = self.version, self.outcome is not None
