@@ -320,9 +320,3 @@ async def get_db(request: Request) -> AsyncIterator[Session]:
                 await anyio.to_thread.run_sync(session.close, limiter=anyio.CapacityLimiter(1))
         else:
             session.close()
-
-
-async def get_reader(request: Request) -> Reader:
-    """For queries of a single statement."""
-    database: Database = request.app.state.database
-    return database.reader

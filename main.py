@@ -14,12 +14,12 @@ from datetime import timedelta
 
 import anyio.to_thread
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 
 import log
 from api import conversations, operations, streams
 from api import history as history_routes
-from api.dependencies import DbReader, DbSession, Generation, OnceKey, Owner, tell_replayed
+from api.dependencies import DbSession, Generation, OnceKey, Owner, reader_of, tell_replayed
 from api.errors import add_handlers, responses
 from api.history import RecordId
 from api.middleware import BodyLimit, OneLineStartError, RequestContext, SlowReaderLimit
@@ -162,9 +162,9 @@ def generate(
 
 
 @app.get("/history/{record_id}", response_model=Record, responses=responses(404, 503))
-async def get_record(record_id: RecordId, reader: DbReader, owner: Owner) -> Response:
+async def get_record(record_id: RecordId, request: Request, owner: Owner) -> Response:
     """One record, as it was answered."""
-    return shaped(await reader.run(history.read, owner, record_id))
+    return shaped(await reader_of(request).run(history.read, owner, record_id))
 
 
 # Tried in this order, each route costing a little: what is asked most comes first.

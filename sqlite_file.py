@@ -94,6 +94,7 @@ class WriteLock:
 
     def __init__(self, file: Path, timeout: float) -> None:
         self.file = file
+        self.path = str(file)  # each read and write looks at it
         self.timeout = timeout
         self.threads = threading.Lock()
         self.processes = FileLock(f"{file}.lock", poll_interval=0.005, thread_local=False)
@@ -156,10 +157,11 @@ class WriteLock:
             raise StorageUnavailableError
 
     def found(self) -> tuple[int, int] | None:
-        with contextlib.suppress(OSError):
-            status = os.stat(self.file)
-            return status.st_dev, status.st_ino
-        return None
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def set_damaged(self) -> None:
         if not self.damaged:

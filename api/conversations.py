@@ -7,13 +7,13 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from api.dependencies import (
-    DbReader,
     DbSession,
     Generation,
     OnceKey,
     Owner,
     ReplyService,
     StreamService,
+    reader_of,
     tell_replayed,
 )
 from api.errors import responses
@@ -86,9 +86,9 @@ def create_conversation(
     responses=responses(404, 503),
 )
 async def get_conversation(
-    conversation_id: ConversationId, reader: DbReader, owner: Owner
+    conversation_id: ConversationId, request: Request, owner: Owner
 ) -> Response:
-    return shaped(await reader.run(conversations.read, owner, conversation_id))
+    return shaped(await reader_of(request).run(conversations.read, owner, conversation_id))
 
 
 @router.put(

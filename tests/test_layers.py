@@ -16,7 +16,7 @@ EXEMPT = {"tests", "scripts", "benchmarks", "conftest.py", "test_main.py"}
 WEB = {"fastapi", "starlette"}
 FRAMEWORKS = {"torch", "transformers"}
 API_MAY = {
-    "database": {"database.Reader", "database.get_db", "database.get_reader", "database.kind"},
+    "database": {"database.Reader", "database.get_db", "database.kind"},
     "sqlalchemy": {"sqlalchemy.orm.Session", "sqlalchemy.exc"},
 }
 SQL_IN_API = {"api/dependencies.py", "api/errors.py"}
