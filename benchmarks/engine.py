@@ -1,8 +1,9 @@
 """The engine against what people install instead, in one process and one run.
 
-GPT-2's real size (124M parameters), random weights, short prompts, every request a fixed number
-of new tokens, sampled. Compared with the matrix products that a step cannot do without, with
-Hugging Face ``generate`` on a static batch, and with a pipeline call a request in four threads.
+GPT-2's real size (124M parameters) or Llama's architecture in that size (``--architecture``),
+random weights, short prompts, every request a fixed number of new tokens, sampled. Compared with
+the matrix products that a step cannot do without, with Hugging Face ``generate`` on a static
+batch, and with a pipeline call a request in four threads.
 
     python -m benchmarks.engine --dtype bfloat16 --clients 1 32
 """
@@ -19,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
-from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.pipelines import pipeline
 
 from engine.engine import Engine, StepOutput
 from engine.gpt2_runner import GPT2Runner
 from engine.linear import Linear
 from engine.loading import LoadedModel
+from engine.ragged import Limits
+from engine.row_model import product_of
 from engine.sampling import SamplingDefaults, SamplingParams
 
 TOKENIZER = Path(__file__).parents[1] / "weights" / "tiny-gpt2"
@@ -48,18 +52,33 @@ class EngineLine:
     gap_99: float
 
 
-def load(dtype: str, layers: int) -> LoadedModel:
+def config_of(architecture: str, layers: int) -> GPT2Config | LlamaConfig:
+    if architecture == "gpt2":
+        return GPT2Config(n_layer=layers)
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_attention_heads=12,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+
+
+def load(dtype: str, layers: int, architecture: str) -> LoadedModel:
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers)
-    model = GPT2LMHeadModel(config).to(getattr(torch, dtype)).eval().requires_grad_(False)
+    config = config_of(architecture, layers)
+    model = AutoModelForCausalLM.from_config(config)
+    model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
     return LoadedModel(
-        name="gpt2 with random weights",
+        name=f"{architecture} with random weights",
         pipeline=pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu"),
         fingerprint="",
         dtype=dtype,
         device="cpu",
-        context_size=config.n_positions,
+        context_size=config.max_position_embeddings,
         end_ids=frozenset(),
         defaults=SamplingDefaults(1.0, 50, 1.0, 1.0),
         substitute=False,
@@ -132,22 +151,24 @@ def run_engine(engine: Engine, clients: int, new: int) -> EngineLine:
     )
 
 
+def products_of(model: Any) -> list[Linear]:
+    if GPT2Runner.takes(model):
+        runner = GPT2Runner(model, Limits(64, max_running=1, prefill_tokens=1, prefix_bytes=0))
+        return [*(product for block in runner.blocks for product in block.products), runner.head]
+    return [product_of(module) for module in model.modules() if type(module) is torch.nn.Linear]
+
+
 def floors_of(loaded: LoadedModel, counts: list[int]) -> dict[int, float]:
     """Milliseconds of a step's matrix products alone, packed as the engine packs them.
 
     Measured before there is an engine: its thread would be in the way (see ``apart``).
     """
-    runner = GPT2Runner(
-        loaded.model, context_size=64, max_running=1, prefill_tokens=1, prefix_bytes=0
-    )
-    products: list[Linear] = []
-    for block in runner.blocks:
-        products += [block.qkv, block.out, block.up, block.down]
-    products.append(runner.head)
+    products = products_of(loaded.model)
+    dtype = loaded.model.dtype
     floors = {}
     with torch.inference_mode():
         for rows in counts:
-            inputs = [torch.randn(rows, p.in_features).to(runner.dtype) for p in products]
+            inputs = [torch.randn(rows, p.in_features).to(dtype) for p in products]
             times = []
             for _ in range(14):
                 start = time.perf_counter()
@@ -197,6 +218,7 @@ def run_guide(loaded: LoadedModel, new: int) -> float:
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--architecture", default="gpt2", choices=["gpt2", "llama"])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32, 64, 256])
     parser.add_argument("--new", type=int, default=44, help="new tokens a request")
@@ -222,15 +244,16 @@ def main() -> None:
     )
     print("|" + "---|" * 12)
     for dtype in given.dtype:
-        loaded = apart(load, dtype, given.layers)
-        guide = apart(run_guide, loaded, given.new) if "guide" in given.peers else None
+        loaded = apart(load, dtype, given.layers, given.architecture)
+        peer = apart(load, dtype, given.layers, given.architecture)  # the engine packs its own
+        guide = apart(run_guide, peer, given.new) if "guide" in given.peers else None
         steps = {clients: min(clients, given.max_running) for clients in given.clients}
-        floors = apart(floors_of, loaded, sorted(set(steps.values())))
+        floors = apart(floors_of, peer, sorted(set(steps.values())))
         engine = Engine(loaded, max_waiting=1024, max_running=given.max_running)
         for clients in given.clients:
             line = run_engine(engine, clients, given.new)
             asked = "generate" in given.peers and clients <= given.peers_up_to
-            generate = apart(run_generate, loaded, clients, given.new) if asked else None
+            generate = apart(run_generate, peer, clients, given.new) if asked else None
             print(row(dtype, clients, line, floors[steps[clients]], generate, guide), flush=True)
         engine.close(10)
 

@@ -51,7 +51,7 @@ class Line:
 
 def in_process(dtype: str, clients: list[int]) -> Iterator[Line]:
     new = serving.NEW_TOKENS
-    loaded = apart(load, dtype, 12)
+    loaded = apart(load, dtype, 12, "gpt2")
     rows = {count: min(count, MAX_RUNNING) for count in clients}
     for count, floor in apart(floors_of, loaded, sorted(set(rows.values()))).items():
         yield Line("a step's matrix products alone", count, 1000 * count / floor)

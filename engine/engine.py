@@ -20,6 +20,7 @@ from engine.detokenizer import Detokenizer
 from engine.errors import EngineFullError, EngineStoppedError, GenerationError
 from engine.generation import Generation
 from engine.loading import LoadedModel
+from engine.ragged import Limits
 from engine.runner import Runner, runner_for
 from engine.sampler import sample
 from engine.sampling import FinishReason, SamplingParams
@@ -83,13 +84,8 @@ class Engine:
     ) -> None:
         self.loaded = loaded
         self._built = threading.Event()
-        self._build = partial(
-            runner_for,
-            loaded,
-            max_running=max_running,
-            prefill_tokens=prefill_tokens,
-            prefix_bytes=prefix_bytes,
-        )
+        limits = Limits(loaded.context_size, max_running, prefill_tokens, prefix_bytes)
+        self._build = partial(runner_for, loaded, limits)
         self.scheduler = Scheduler(
             max_waiting=max_waiting,
             max_running=max_running,

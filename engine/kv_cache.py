@@ -50,7 +50,7 @@ class Arena:
         rows = self.both.shape[2]
         if len(self.sequences) == rows:
             old = self.both
-            self._allocate(max(2, 2 * rows))
+            self._allocate(max(1, 2 * rows))
             self.both[:, :, :rows] = old
         self.sequences.append(sequence)
         return len(self.sequences) - 1

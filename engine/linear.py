@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Of a number of rows: something that is computed row by row, and a sample of that many for it.
+Trial = Callable[[int], tuple[Callable[[Tensor], Tensor], Tensor]]
+
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch offers oneDNN's packed linear for this device and dtype (operators are
@@ -54,6 +57,10 @@ class Linear:
             return packed_linear(x, self.weight, self.bias, "gelu" if self.gelu else "none")
         y = F.linear(x, self.weight, self.bias)
         return F.gelu(y, approximate="tanh") if self.gelu else y
+
+    def on_any_shape(self, x: Tensor) -> Tensor:
+        """The product of [..., in] as [..., out]."""
+        return self(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """The product added to ``residual``, which is left as it was."""
@@ -115,3 +122,15 @@ def agreeing_counts(
         return all(torch.equal(product(x.contiguous()), expected) for x, expected in ends)
 
     return [count for count in counts if agrees(count)]
+
+
+def counts_that_agree(trials: Iterable[Trial], most: int) -> list[int]:
+    """Row counts at which every trial gives each row the same bits, the last of which holds
+    ``most``; none where there are no such."""
+    counts = candidate_counts(most)
+    for trial in trials:
+        product, sample = trial(counts[-1])
+        counts = agreeing_counts(product, sample, counts)
+        if not counts or counts[-1] < most:
+            return []
+    return counts

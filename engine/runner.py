@@ -1,5 +1,6 @@
-"""What the engine asks of a model, and which of the two ways to run it a model gets."""
+"""What the engine asks of a model, and which of the three ways to run it a model gets."""
 
+import logging
 from typing import Protocol
 
 from torch import Tensor
@@ -7,8 +8,13 @@ from torch import Tensor
 from engine.generic_runner import GenericRunner
 from engine.gpt2_runner import GPT2Runner
 from engine.loading import LoadedModel
+from engine.packed_runner import PackedRunner
+from engine.ragged import Limits
+from engine.row_model import UnsuitedError
 from engine.scheduler import Plan
 from engine.sequence import Sequence
+
+log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -36,16 +42,13 @@ class Runner(Protocol):
         ...
 
 
-def runner_for(
-    loaded: LoadedModel, *, max_running: int, prefill_tokens: int, prefix_bytes: int
-) -> Runner:
-    """GPT-2 has its own; every other causal language model runs on its own ``forward``."""
+def runner_for(loaded: LoadedModel, limits: Limits) -> Runner:
+    """GPT-2 has its own; every other causal language model runs on its own ``forward``, with all
+    tokens of a step in one row where that gives what they give alone."""
     if GPT2Runner.takes(loaded.model):
-        return GPT2Runner(
-            loaded.model,
-            context_size=loaded.context_size,
-            max_running=max_running,
-            prefill_tokens=prefill_tokens,
-            prefix_bytes=prefix_bytes,
-        )
+        return GPT2Runner(loaded.model, limits)
+    try:
+        return PackedRunner(loaded.model, limits)
+    except UnsuitedError as error:
+        log.warning("%s runs one sequence at a time: %s", loaded.name, error)
     return GenericRunner(loaded.model)

@@ -9,31 +9,17 @@ from engine.loading import LoadedModel
 from engine.sampling import SamplingParams
 from engine.scheduler import CHUNK, Chunk, Plan
 from engine.sequence import Sequence, Status
-from tests.engine.conftest import random_gpt2
+from tests.engine.conftest import (
+    assert_same_bits_beside_others,
+    limits,
+    made,
+    prefilled,
+    random_gpt2,
+)
 
 
 def runner_of(model: torch.nn.Module, prefix_bytes: int = 0) -> GPT2Runner:
-    return GPT2Runner(
-        model,
-        context_size=1024,
-        max_running=32,
-        prefill_tokens=2 * CHUNK,
-        prefix_bytes=prefix_bytes,
-    )
-
-
-def made(tokens: int, seed: int, vocabulary: int = 4096) -> Sequence:
-    ids = torch.randint(1, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
-    return Sequence(tuple(ids.tolist()), SamplingParams(9, seed=0))
-
-
-def prefilled(runner: GPT2Runner, sequence: Sequence) -> Tensor:
-    """The logits after its prompt, which is run chunk by chunk."""
-    prompt = len(sequence.prompt_ids)
-    for start in range(0, prompt, CHUNK):
-        chunk = Chunk(sequence, start, min(start + CHUNK, prompt))
-        logits = runner.forward(Plan((), (chunk,)))
-    return logits[0].clone()
+    return GPT2Runner(model, limits(prefix_bytes=prefix_bytes))
 
 
 def reference(model: torch.nn.Module, sequence: Sequence) -> Tensor:
@@ -68,28 +54,7 @@ def test_a_sequences_bits_do_not_depend_on_what_else_a_step_computes(
     alone, busy = runner_of(model), runner_of(model)
     assert alone.reproducible
     for others in (1, 6, 31):
-        company = [made(5 + 9 * i, i) for i in range(others)]
-        for sequence in company:
-            prefilled(busy, sequence)
-            sequence.output_ids.append(3)
-        mine, again = made(70, 99), made(70, 99)
-        late = made(CHUNK, 5)
-        for start, stop in ((0, 64), (64, 70)):
-            expected = alone.forward(Plan((), (Chunk(mine, start, stop),)))
-            chunks = (Chunk(late, 0, CHUNK), Chunk(again, start, stop))[start > 0 :]
-            got = busy.forward(Plan(tuple(company), chunks))
-        assert torch.equal(got[-1], expected[0])
-        for token in range(66):
-            mine.output_ids.append(token)
-            again.output_ids.append(token)
-            expected = alone.forward(Plan((mine,), ()))
-            members = (*company[: token % (others + 1)], again, *company[token % (others + 1) :])
-            got = busy.forward(Plan(members, ()))
-            assert torch.equal(got[members.index(again)], expected[0]), token
-        for sequence in (*company, again, late, mine):
-            busy.free(sequence)
-            alone.free(sequence)
-    assert busy.used == alone.used == 0
+        assert_same_bits_beside_others(alone, busy, others, tokens=66)
 
 
 @torch.inference_mode()
