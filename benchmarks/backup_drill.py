@@ -23,14 +23,15 @@ from pathlib import Path
 
 from sqlalchemy import text
 
+from benchmarks.promises import report
 from database import Database
 from tests.databases import KINDS, VARIABLES, fresh_database
 from tests.service import ROOT
 
-LOSSES = ("missing", "other text", "failed checks")
 WRITERS = 2
 WRITER = """
 import os
+from benchmarks.promises import report
 from database import Database
 from tests.test_history import insert
 database = Database(os.environ["DATABASE_URL"], timeout=30)
@@ -126,9 +127,9 @@ def drill(kind: str, drills: int, folder: Path) -> Counter[str]:
                 with fresh_database(kind, copy) as restored:
                     assert manage(restored, "restore", str(file)) == 0
                     found = stored(restored)
-                    counts["failed checks"] += manage(restored, "check") != 0
-                counts["missing"] += sum(id not in found for id in before)
-                counts["other text"] += sum(
+                    counts["P10 failed checks"] += manage(restored, "check") != 0
+                counts["P10 missing"] += sum(id not in found for id in before)
+                counts["P10 other text"] += sum(
                     found[id] != mark for id, mark in before.items() if id in found
                 )
                 counts["compared"] += len(before)
@@ -138,26 +139,20 @@ def drill(kind: str, drills: int, folder: Path) -> Counter[str]:
     return counts
 
 
-def losses(counts: Counter[str]) -> dict[str, int]:
-    return {name: counts[name] for name in LOSSES if counts[name]}
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--drills", type=int, default=15)
     options = parser.parse_args()
-    lost = 0
+    status = 0
     for kind in KINDS:
         if kind in VARIABLES and VARIABLES[kind] not in os.environ:
             print(f"{kind}: {VARIABLES[kind]} names no server, left out")
             continue
         with tempfile.TemporaryDirectory() as folder:
             counts = drill(kind, options.drills, Path(folder))
-        for name in ("drills", "compared", "written meanwhile", *LOSSES):
-            print(f"{kind:>12} {name:>20}  {counts[name]}")
-        lost += len(losses(counts))
-    sys.exit(1 if lost else 0)
+        status |= report(counts, kind)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

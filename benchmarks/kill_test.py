@@ -23,10 +23,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks.promises import report
 from tests.service import Server
 
 PATIENCE_SECONDS = 5.0  # from the restart until no record may be in progress
-LOSSES = ("not stored", "other text", "still in progress", "ids twice", "answers not 200 or 503")
 
 
 @dataclass
@@ -121,34 +121,30 @@ def torture(kills: int, clients: int, seed: int, folder: Path) -> Counter[str]:
                 status == "in_progress" for _, status in rows(file).values()
             )
             server = Server(environment, log, server.port).wait_until_alive()
-            counts["still in progress"] += still_open(file)
+            counts["P2 still in progress"] += still_open(file)
             stored = rows(file)
-            counts["not stored"] += sum(id not in stored for id in answers.texts)
-            counts["other text"] += sum(
+            counts["P1 not stored"] += sum(id not in stored for id in answers.texts)
+            counts["P1 other text"] += sum(
                 stored[id] != (text, "completed")
                 for id, text in answers.texts.items()
                 if id in stored
             )
             server.wait_until_ready()
-            counts["other text"] += check_over_http(server.url, answers, chance)
+            counts["P1 other text"] += check_over_http(server.url, answers, chance)
             counts["kills"] = kill + 1
             print(f"{kill + 1}/{kills} kills, {len(answers.texts)} answered", flush=True)
         counts["records"] = len(rows(file))
     finally:
         server.kill()
     counts["answered"] = len(answers.texts)
-    counts["ids twice"] = answers.twice
-    counts["answers not 200 or 503"] = sum(
+    counts["P1 ids twice"] = answers.twice
+    counts["P7 answers other than 200 and 503"] = sum(
         count for status, count in answers.statuses.items() if status not in (200, 503)
     )
     return counts
 
 
-def losses(counts: Counter[str]) -> dict[str, int]:
-    return {name: counts[name] for name in LOSSES if counts[name]}
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--clients", type=int, default=16)
@@ -157,10 +153,8 @@ def main() -> None:
     print(f"seed {options.seed}")
     with tempfile.TemporaryDirectory() as folder:
         counts = torture(options.kills, options.clients, options.seed, Path(folder))
-    for name in ("kills", "answered", "records", "cut off while generating", *LOSSES):
-        print(f"{name:>26}  {counts[name]}")
-    sys.exit(1 if losses(counts) else 0)
+    return report(counts)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 from sqlalchemy import create_engine, text
 
+from benchmarks.promises import report
 from connections import normalise_url
 from tests.databases import KINDS, fresh_database
 from tests.service import Server
@@ -61,10 +62,10 @@ class Clients:
         try:
             answer = await client.request(method, path, json=body or None)
         except httpx.HTTPError as error:
-            self.broken[f"P error: {type(error).__name__}"] += 1
+            self.broken[f"P7 error: {type(error).__name__}"] += 1
             return None
         if answer.status_code >= 300:
-            self.broken[f"P error: {answer.status_code} {path.strip('/0123456789')}"] += 1
+            self.broken[f"P7 error: {answer.status_code} {path.strip('/0123456789')}"] += 1
             return None
         return answer.json() if answer.content else {}
 
@@ -89,7 +90,7 @@ class Clients:
         await self.send(client, "PUT", path, title="Five")
 
     def keep(self, record: int, text: str) -> None:
-        self.broken["P id answered twice"] += record in self.texts
+        self.broken["P1 id answered twice"] += record in self.texts
         self.texts[record] = text
 
 
@@ -102,13 +103,13 @@ def compare(url: str, texts: dict[int, str | None]) -> Counter[str]:
     engine.dispose()
     kept = {record: text for record, text in texts.items() if text is not None}
     counts: Counter[str] = Counter(answered=len(texts), rows=len(rows))
-    counts["P lost"] = len(kept.keys() - rows.keys())
-    counts["P phantom"] = len(rows.keys() - kept.keys())
+    counts["P1 lost"] = len(kept.keys() - rows.keys())
+    counts["P2 phantom"] = len(rows.keys() - kept.keys())
     for record in kept.keys() & rows.keys():
         row = rows[record]
-        counts["P other text"] += row.prompt + row.completion != kept[record]
-        counts["P interrupted"] += row.finish_reason == "interrupted"
-        counts["P not completed"] += row.status != "completed"
+        counts["P1 other text"] += row.prompt + row.completion != kept[record]
+        counts["P2 interrupted"] += row.finish_reason == "interrupted"
+        counts["P2 not completed"] += row.status != "completed"
     return counts
 
 
@@ -150,12 +151,8 @@ def run(
         for server in servers:
             logged = server.log.read_text()
             for words in WRONG_IN_LOGS:
-                counts[f"P logged: {words}"] += logged.count(words)
+                counts[f"P7 logged: {words}"] += logged.count(words)
     return counts
-
-
-def broken(counts: Counter[str]) -> dict[str, int]:
-    return {name: count for name, count in counts.items() if name.startswith("P ") and count}
 
 
 def main() -> int:
@@ -167,10 +164,7 @@ def main() -> int:
     count, workers = (1, 4) if args.kind == "sqlite" else (2, 1)
     with tempfile.TemporaryDirectory() as folder:
         counts = run(args.kind, Path(folder), args.clients, args.writes, count, workers)
-    for name, number in sorted(counts.items()):
-        print(f"{number:>8}  {name}")
-    print(f"broken: {broken(counts)}")
-    return 1 if broken(counts) else 0
+    return report(counts)
 
 
 if __name__ == "__main__":

@@ -134,16 +134,21 @@ class MariaDb(DatabaseServer):
 
 
 class Redis:
-    """A Redis of a test's own, that may be stopped."""
+    """A Redis of a test's own, that may be stopped and started again, empty."""
 
     def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
         if (command := shutil.which("redis-server")) is None:
             missing("there is no redis-server")
-        port = free_port()
-        self.url = f"redis://127.0.0.1:{port}/0"
+        options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self.process = subprocess.Popen(
+            [command, "--port", str(self.port), *options], stdout=subprocess.DEVNULL
+        )
         self.client = redis.Redis.from_url(self.url)
-        options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        self.process = subprocess.Popen([command, *options], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             with contextlib.suppress(redis.ConnectionError):
