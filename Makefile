@@ -12,7 +12,7 @@ run: .venv/run ## serve on http://localhost:8000 (PORT=8123 make run serves ther
 	@exec $(BIN)/python main.py
 
 test: .venv/dev ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/dev ## check style and types
 	$(BIN)/ruff check .
@@ -42,6 +42,7 @@ torture: .venv/dev ## kill it and its databases under load, cut the power; count
 	$(BIN)/python -m benchmarks.faults locked
 	$(BIN)/python -m benchmarks.faults taken --times 3
 	$(BIN)/python -m benchmarks.faults replaced --times 3
+	$(BIN)/python -m benchmarks.redis_test --times 10
 
 .venv/run: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

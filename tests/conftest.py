@@ -8,13 +8,13 @@ from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session
 
 from database import Database
-from tests.databases import KINDS, fresh_database
+from tests.databases import KINDS, prepared_database
 from tests.service import Server, in_process, ready, serving
 
 
 @pytest.fixture(params=KINDS)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    with fresh_database(request.param, tmp_path) as url:
+    with prepared_database(request.param, tmp_path) as url:
         yield url
 
 
@@ -38,7 +38,7 @@ def service(
 ) -> Iterator[TestClient]:
     """A service of a module's own in this process, on every kind of database."""
     folder = tmp_path_factory.mktemp("service")
-    with fresh_database(request.param, folder) as url, in_process(DATABASE_URL=url) as client:
+    with prepared_database(request.param, folder) as url, in_process(DATABASE_URL=url) as client:
         yield ready(client)
 
 

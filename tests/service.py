@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 
 import httpx
@@ -33,21 +34,18 @@ def ready(client: TestClient) -> TestClient:
 
 @contextlib.contextmanager
 def in_process(**environment: str) -> Iterator[TestClient]:
-    """A service of a test's own in this process; the shared one is as before afterwards."""
+    """A service of a test's own in this process, whatever other ones run in it."""
     from main import app
 
-    before = app.state
+    own = copy(app)
+    own.state, own.middleware_stack = State(), None
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ({"MODEL": TINY} | environment).items():
             patch.setenv(name, value)
-        app.state = State()
-        try:
-            with TestClient(app) as client:
-                yield client
-            # Two models that load at once import the same modules, for which they are not made.
-            app.state.models.thread.join()
-        finally:
-            app.state = before
+        with TestClient(own) as client:
+            yield client
+        # Two models that load at once import the same modules, for which they are not made.
+        own.state.models.thread.join()
 
 
 def sessions_of(client: TestClient) -> sessionmaker[Session]:

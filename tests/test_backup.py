@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.backup_drill import drill, losses
+from benchmarks.backup_drill import drill
+from benchmarks.promises import broken
 from database import Database
 from errors import CommandError
 from models import Status
@@ -23,7 +24,7 @@ def test_a_backup_under_load_holds_what_was_acknowledged_before(kind: str, tmp_p
     counts = drill(kind, 1, tmp_path)
     assert counts["compared"] > 0
     assert counts["written meanwhile"] > 0
-    assert losses(counts) == {}
+    assert broken(counts) == {}
 
 
 @pytest.fixture

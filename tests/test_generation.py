@@ -120,11 +120,9 @@ def test_one_seed_at_once_is_one_text(client: TestClient) -> None:
 
 
 def test_greedy_is_the_text_of_the_transformers_pipeline(tmp_path: Path) -> None:
-    from main import app
-
     with in_process(DATABASE_URL=f"sqlite:///{tmp_path / 'records.db'}", DTYPE="float32") as client:
-        ready(client)
-        pipeline = app.state.models.model.pipeline
+        models = ready(client).app.state.models  # type: ignore[attr-defined]
+        pipeline = models.model.pipeline
         for prompt in (PROMPT, "The wolf", "龍"):
             expected = pipeline(prompt, do_sample=False, max_length=60, max_new_tokens=None)
             record = generated(client, prompt=prompt, temperature=0, max_length=60)

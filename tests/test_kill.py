@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from benchmarks import once_test
-from benchmarks.kill_test import losses, torture
+from benchmarks.kill_test import torture
+from benchmarks.promises import broken
 
 
 def test_nothing_answered_is_lost_to_kills(tmp_path: Path) -> None:
@@ -11,10 +12,10 @@ def test_nothing_answered_is_lost_to_kills(tmp_path: Path) -> None:
     assert counts["kills"] == 3
     assert counts["answered"] > 0
     assert counts["records"] >= counts["answered"]
-    assert losses(counts) == {}
+    assert broken(counts) == {}
 
 
 def test_nothing_is_done_twice_for_a_key_over_kills(tmp_path: Path) -> None:
     counts = once_test.torture(kills=2, keys=5, clients=4, seed=1, folder=tmp_path)
     assert counts["records"] == 10
-    assert once_test.losses(counts) == {}
+    assert broken(counts) == {}

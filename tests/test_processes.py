@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import processes
+from benchmarks.promises import broken
 
 
 @pytest.mark.parametrize(("kind", "services", "workers"), [("sqlite", 1, 2), ("postgresql", 2, 1)])
@@ -13,4 +14,4 @@ def test_processes_on_one_database_lose_nothing(
 ) -> None:
     counts = processes.run(kind, tmp_path, 16, 300, services, workers)
     assert counts["answered"] > 100
-    assert processes.broken(counts) == {}
+    assert broken(counts) == {}

@@ -2,6 +2,9 @@
 
 import contextlib
 import sqlite3
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +13,9 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine, event
 
 from database import Database
-from tests.service import in_process, ready, sessions_of
+from errors import StorageUnavailableError
+from sqlite_file import WriteLock
+from tests.service import ROOT, in_process, ready, sessions_of
 from tests.test_history import insert
 
 PAGE = 4096
@@ -28,6 +33,27 @@ def file(tmp_path: Path) -> Path:
             insert(session, completion="x" * 9000)
     database.close()
     return file
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the write lock."""
+    code = """
+import sys
+from pathlib import Path
+from sqlite_file import WriteLock
+with WriteLock(Path(sys.argv[1]), 5).hold():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "records.db")]
+    with subprocess.Popen(
+        arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
 def damage(file: Path) -> None:
@@ -111,3 +137,28 @@ def test_a_file_that_takes_nothing_more_is_503_until_it_does(file: Path, fault: 
         assert client.post("/generate", json={"prompt": "Once"}).status_code == 200
         with sessions_of(client)() as session:
             insert(session)
+
+
+def test_one_process_at_a_time_writes(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    file = tmp_path / "records.db"
+    with pytest.raises(StorageUnavailableError), WriteLock(file, 0.05).hold():
+        pass
+    asked = threading.Event()
+
+    def end() -> None:
+        asked.set()
+        assert holder.stdin is not None
+        holder.stdin.close()
+
+    timer = threading.Timer(0.05, end)
+    timer.start()
+    with WriteLock(file, 30).hold():
+        assert asked.is_set()
+    timer.join()
+
+
+def test_a_process_that_dies_holds_no_lock(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    holder.kill()
+    holder.wait()
+    with WriteLock(tmp_path / "records.db", 0.05).hold():
+        pass
