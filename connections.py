@@ -20,6 +20,7 @@ DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"}
 MYSQL = ("mysql", "mariadb")
 SQLITE_POOL = 32
 SERVER_POOL = 16  # a server's connections are few: PostgreSQL has 100 for all its clients
+READERS = 4  # beside those: in a thread each, and more threads would only wait for one another
 STATEMENT_FACTOR = 6
 LONGEST_CONNECT = 30.0
 
@@ -37,34 +38,47 @@ def open_engine(
     url: URL, lock: WriteLock | None, timeout: float, pool_size: int | None = None
 ) -> Engine:
     """``lock`` is a SQLite file's; None for a server."""
+    if lock is None:
+        # Servers differ in their default; what one transaction sees must not.
+        isolation = {"isolation_level": "READ COMMITTED", "pool_pre_ping": True}
+        return open_server(url, timeout, pool_size=pool_size or SERVER_POOL, **isolation)
+    engine = create_engine(
+        url, creator=lock.connect, pool_size=pool_size or SQLITE_POOL, **pool_options(timeout)
+    )
+    event.listen(engine, "begin", begin)
+    watch_errors(engine, lock)
+    return engine
+
+
+def open_reader(url: URL, lock: WriteLock | None, timeout: float) -> Engine:
+    """For queries of a single statement: they need no transaction.
+
+    To a SQLite file one connection, for one thread, that waits for no lock. To a server a few, and
+    nothing is sent but the query: neither a ping before nor the ends of a transaction around it.
+    """
+    if lock is None:
+        alone = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
+        return open_server(url, timeout, pool_size=READERS, **alone)
+    engine = create_engine(url, creator=lock.connect, poolclass=StaticPool, hide_parameters=True)
+    event.listen(engine, "connect", lambda made, _: made.execute("PRAGMA busy_timeout=0"))
+    watch_errors(engine, lock)
+    return engine
+
+
+def pool_options(timeout: float) -> dict[str, Any]:
     # Parameters are prompts and outputs: an exception must not carry them.
-    options: dict[str, Any] = {"hide_parameters": True, "pool_timeout": timeout, "max_overflow": 0}
-    if lock is not None:
-        engine = create_engine(
-            url, creator=lock.connect, pool_size=pool_size or SQLITE_POOL, **options
-        )
-        event.listen(engine, "begin", begin)
-        watch_errors(engine, lock)
-        return engine
-    options |= {"pool_size": pool_size or SERVER_POOL, "pool_pre_ping": True}
-    # Servers differ in their default; what one transaction sees must not.
-    options |= {"isolation_level": "READ COMMITTED"}
+    return {"hide_parameters": True, "pool_timeout": timeout, "max_overflow": 0}
+
+
+def open_server(url: URL, timeout: float, **options: Any) -> Engine:
     mysql = url.get_backend_name() in MYSQL
     arguments = mysql_arguments(timeout) if mysql else postgres_arguments(timeout)
     arguments = {name: value for name, value in arguments.items() if name not in url.query}
-    engine = create_engine(url, connect_args=arguments, **options)
+    engine = create_engine(url, connect_args=arguments, **pool_options(timeout), **options)
     if not mysql:
         event.listen(engine, "do_connect", partial(connect_postgres, statement_seconds(timeout)))
     set_up = set_up_mysql if mysql else set_up_postgres
     event.listen(engine, "connect", lambda connection, _: set_up(connection, timeout))
-    return engine
-
-
-def open_reader(url: URL, lock: WriteLock) -> Engine:
-    """One connection to a SQLite file, for one thread: no transaction, and no wait for a lock."""
-    engine = create_engine(url, creator=lock.connect, poolclass=StaticPool, hide_parameters=True)
-    event.listen(engine, "connect", lambda made, _: made.execute("PRAGMA busy_timeout=0"))
-    watch_errors(engine, lock)
     return engine
 
 
@@ -119,6 +133,8 @@ def set_up_postgres(connection: Any, timeout: float) -> None:
     with connection.cursor() as cursor:
         cursor.execute(f"SET lock_timeout = {round(timeout * 1000)}")
         cursor.execute(f"SET statement_timeout = {round(timeout * STATEMENT_FACTOR * 1000)}")
+        # To compile a search among a million records took ten times as long as to run it.
+        cursor.execute("SET jit = off")
     connection.commit()
 
 

@@ -32,7 +32,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from connections import normalise_url, open_engine, open_reader, unsafe_commits
+from connections import READERS, normalise_url, open_engine, open_reader, unsafe_commits
 from errors import StartError, StorageUnavailableError
 from log import event as event_log
 from sqlite_file import PageCheck, WriteLock, database_file, is_busy, truncate_log, vacuum
@@ -64,6 +64,7 @@ class Database:
             self.url = normalise_url(url)
             self.file = database_file(self.url)
             self.write_lock = WriteLock(self.file, timeout) if self.file else None
+            self.timeout = timeout
             self.engine = open_engine(self.url, self.write_lock, timeout, pool_size)
         except (ArgumentError, NoSuchModuleError, ValueError) as error:
             raise StartError(
@@ -75,7 +76,7 @@ class Database:
         self.sessions = sessionmaker(
             self.engine, expire_on_commit=False, info={"write_lock": self.write_lock}
         )
-        self.reader = Reader(self.sessions)
+        self.reader = Reader(self.sessions, self.write_lock, timeout)
 
     @property
     def damaged(self) -> bool:
@@ -88,8 +89,7 @@ class Database:
             self.page_check.start()
         if not self.damaged:
             self.migrate()
-            if self.write_lock is not None:
-                self.reader.connect(open_reader(self.url, self.write_lock), self.write_lock)
+            self.reader.connect(open_reader(self.url, self.write_lock, self.timeout))
 
     def migrate(self) -> None:
         """Bring the schema to this version, one process at a time. Raises StartError."""
@@ -219,24 +219,34 @@ class Reader:
     """Runs queries of a single statement that answer a request.
 
     In a SQLite file such a query takes less than to hand it to another thread, so it runs on the
-    event loop, in a session that stays open; where it would have to wait for a lock, and on a
-    server, it runs in a thread like everything else.
+    event loop, in a session that stays open; where it would have to wait for a lock it runs in a
+    thread like everything else. On a server it runs in one of a few threads, without a transaction.
     """
 
-    def __init__(self, sessions: sessionmaker[Session]) -> None:
+    def __init__(
+        self, sessions: sessionmaker[Session], lock: WriteLock | None, timeout: float
+    ) -> None:
         self.sessions = sessions
+        self.lock = lock  # of a SQLite file
+        self.timeout = timeout
         self.session: Session | None = None  # the event loop's
-        self.lock: WriteLock | None = None  # its file's
+        self.engine: Engine | None = None
+        self.threads = anyio.CapacityLimiter(READERS)
 
-    def connect(self, engine: Engine, lock: WriteLock) -> None:
-        """Keep a session for the event loop; to connect may take a while."""
-        self.session, self.lock = Session(engine), lock
-        self.session.connection()
+    def connect(self, engine: Engine) -> None:
+        """Read by connections of its own; to connect may take a while."""
+        self.engine = engine
+        if self.lock is None:
+            self.sessions = sessionmaker(engine)
+        else:
+            self.session = Session(engine)
+            self.session.connection()
 
     async def run(self, query: Callable[..., Result], *args: object) -> Result:
         """What ``query`` returns of a session and ``args``.
 
-        Raises StorageUnavailableError where another file lies in the place of the one that is open.
+        Raises StorageUnavailableError where another file lies in the place of the one that is open,
+        or when no thread is free in time.
         """
         if self.session is not None and self.lock is not None:
             self.lock.check_identity()
@@ -245,17 +255,30 @@ class Reader:
             except OperationalError as error:
                 if error.orig is None or not is_busy(error.orig):
                     raise
+        try:
+            with anyio.fail_after(self.timeout):  # of waiting for a thread: what runs is not ended
+                return await anyio.to_thread.run_sync(
+                    self.run_here, query, *args, limiter=self.threads
+                )
+        except TimeoutError:
+            raise StorageUnavailableError from None
 
-        def in_thread() -> Result:
+    def run_here(self, query: Callable[..., Result], *args: object) -> Result:
+        """A read may be repeated: its connection may have died since the last one."""
+        try:
             with self.sessions() as session:
                 return query(session, *args)
-
-        return await anyio.to_thread.run_sync(in_thread)
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+        with self.sessions() as session:
+            return query(session, *args)
 
     def close(self) -> None:
         if self.session is not None:
             self.session.close()
-            self.session.get_bind().engine.dispose()
+        if self.engine is not None:
+            self.engine.dispose()
 
 
 def unreadable(error: DBAPIError) -> StartError:

@@ -276,6 +276,10 @@ class Conversation(Base):
     )
 
 
+BUSY = 4  # requests in an hour or a day: few of all sums have so many
+IS_BUSY = text(f"requests >= {BUSY}")  # as the index's condition has it
+
+
 class UsageKind(StrEnum):
     MODEL_HOUR = "hour"
     MODEL_DAY = "day"
@@ -320,7 +324,18 @@ class Usage(Counts, Base):
     name: Mapped[str] = mapped_column(String(200), primary_key=True)
     latencies: Mapped[bytes] = mapped_column(Bytes)
 
-    __table_args__ = (TABLE_OPTIONS | {"sqlite_autoincrement": False, "sqlite_with_rowid": False},)
+    __table_args__ = (
+        Index(
+            "ix_usage_busy",
+            "owner_id",
+            "kind",
+            "hour",
+            "requests",
+            sqlite_where=IS_BUSY,
+            postgresql_where=IS_BUSY,
+        ),
+        TABLE_OPTIONS | {"sqlite_autoincrement": False, "sqlite_with_rowid": False},
+    )
 
 
 class RecordBlock(Base):

@@ -79,7 +79,8 @@ class Settings(BaseSettings):
         None,
         ge=2,
         le=1000,
-        description="2 to 1000: connections a process keeps; unset: 32 on SQLite, 16 on a server",
+        description="2 to 1000: connections a process keeps, beside a few for reads; unset: 32 on"
+        " SQLite, 16 on a server",
     )
     database_unsafe_commits: bool = Field(
         False, description="true or false: run on a server that may lose what it acknowledged"

@@ -54,7 +54,7 @@ def list_user_history(
     owner: Owner,
     user_id: UserId,
     page: Annotated[Page, Query()],
-) -> list[GenerationRecord]:
+) -> list[Record]:
     """A user's records, most recent first; the last ten unless `limit` says otherwise."""
     query = HistoryQuery(user_id=user_id, limit=page.limit, after=page.after)
     found, more = history.page(session, owner, query)

@@ -37,7 +37,7 @@ from models import (
     StatisticsQuery,
     Status,
 )
-from repositories import records
+from repositories import lists, records
 from services import history, statistics
 from services.retention import Limits, Retention
 from tests.databases import VARIABLES, fresh_database
@@ -128,7 +128,7 @@ def with_offset(skip: int, limit: int) -> Act:
 
 def deep_place(database: Database, query: dict[str, Any]) -> int | None:
     """The id that the page before the 1,000th of a list ends with; None where it has fewer."""
-    wanted = records.filtered(select(GenerationRecord), HistoryQuery(**query))
+    wanted = lists.filtered(select(GenerationRecord), HistoryQuery(**query))
     place = (
         wanted.with_only_columns(GenerationRecord.id)
         .where(GenerationRecord.owner_id == LOCAL_OWNER)

@@ -158,6 +158,8 @@ def settle(session: Session, count: int) -> None:
         transfer.go_on_after(session, GenerationRecord, count)
     if session.get_bind().dialect.name == "sqlite":
         with transaction(session):
+            # In a history that grew slowly no large parts wait to be merged with the next ones.
+            search.configure(session, "optimize", 0)
             session.execute(text("ANALYZE"))
         while free := space.free_pages(session):  # what the search index's merges left
             session.rollback()

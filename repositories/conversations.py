@@ -9,7 +9,9 @@ from sqlalchemy.orm import Session
 
 from models import Conversation, ConversationOut, ConversationQuery, GenerationRecord, Page, Status
 from repositories import search
-from repositories.records import changed, hand_over
+from repositories.lookup import Lookup
+from repositories.records import changed
+from repositories.removal import hand_over
 from words import MESSAGE_MARK, Term, mark, parse_search, record_marks, title_words
 
 SAME_MARK = 10  # messages whose conversations may share a mark
@@ -19,8 +21,10 @@ ONE = select(Conversation).where(
 )
 
 TABLE = Conversation.__table__
-SHOWN = select(*(TABLE.c[name] for name in ConversationOut.model_fields)).where(
-    TABLE.c.id == bindparam("conversation_id"), TABLE.c.owner_id == bindparam("owner_id")
+SHOWN = Lookup(
+    select(*(TABLE.c[name] for name in ConversationOut.model_fields)).where(
+        TABLE.c.id == bindparam("conversation_id"), TABLE.c.owner_id == bindparam("owner_id")
+    )
 )
 
 
@@ -49,10 +53,11 @@ def get(session: Session, owner_id: str, conversation_id: int) -> Conversation |
 
 
 def shown(session: Session, owner_id: str, conversation_id: int) -> ConversationOut | None:
-    """One conversation as it is answered, without the costs of an object that could be changed."""
-    given = {"conversation_id": conversation_id, "owner_id": owner_id}
-    row = session.execute(SHOWN, given).first()
-    return None if row is None else ConversationOut.model_validate(row)
+    """One conversation as it is answered."""
+    row = SHOWN.row(session, conversation_id=conversation_id, owner_id=owner_id)
+    if row is None:
+        return None
+    return ConversationOut.model_validate(dict(zip(ConversationOut.model_fields, row, strict=True)))
 
 
 def page(

@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, and_, delete, func, select
 from sqlalchemy.orm import Session
 
 from models import Conversation, GenerationRecord
-from repositories import records, retention
+from repositories import records, removal, retention
 
 
 @dataclass
@@ -38,7 +38,7 @@ def take_out(session: Session, owner_id: str | None, user_id: str, count: int) -
     ids = [id for id, _, _ in found]
     threads = {thread for _, thread, _ in found if thread is not None}
     begun = begun_by(session, threads, ids)
-    taken = Taken(records.remove_all(session, ids))
+    taken = Taken(removal.remove_all(session, ids))
     taken.cache_keys = [key for _, _, key in found if key is not None]
     taken.conversations = remove_empty(session, threads)
     retention.remove_titles(session, sorted(begun), Conversation.id.in_(begun))

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, and_, delete, func, not_, or_, select, upd
 from sqlalchemy.orm import Session
 
 from models import TERMINAL, Conversation, GenerationRecord, RecordBlock
-from repositories import conversations, records
+from repositories import conversations, records, removal
 from repositories.blocks import BITS
 
 TITLE_OF_NOTHING = "Text removed"
@@ -79,13 +79,13 @@ def count_records(session: Session, ids: Range, condition: Condition) -> int:
 def remove(session: Session, ids: Sequence[int], condition: Condition) -> int:
     """Delete those of the records that still meet the condition."""
     found = held(session, ids, condition)
-    return records.remove_all(session, found)
+    return removal.remove_all(session, found)
 
 
 def remove_texts(session: Session, ids: Sequence[int], condition: Condition, now: datetime) -> int:
     """Take their texts from those of the records that still meet the condition."""
     found = held(session, ids, condition)
-    records.remove_texts(session, found, now)
+    removal.remove_texts(session, found, now)
     return len(found)
 
 

@@ -11,7 +11,8 @@ database finds the same. How the index is kept differs:
                  and a long one its first part beside it
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -39,6 +40,7 @@ from sqlalchemy.orm import Session
 from words import Term
 
 NEWEST = 4096  # ids that PostgreSQL looks through before it collects all there are
+AUTOMERGE = 4  # parts of the index in a SQLite file that FTS5 merges by itself: its default
 LONGEST_KEY = 80  # InnoDB's is 84
 
 
@@ -77,6 +79,35 @@ def drop(session: Session, index: Index, ids: Sequence[int]) -> None:
     if kind != "sqlite":  # its triggers have done so
         found = index_table(index, kind)
         session.execute(delete(found).where(found.c[index.key].in_(ids)))
+
+
+@contextmanager
+def unmerged(session: Session) -> Iterator[None]:
+    """In a SQLite file, what the block writes is not merged with what is there: FTS5 would put off
+    merging for some commits, and then one would take long. ``merge`` is to follow.
+
+    Before the commit all is set as it was, so nothing is left of it whatever happens.
+    """
+    if dialect(session) != "sqlite":
+        yield
+        return
+    configure(session, "automerge", 0)
+    yield
+    configure(session, "automerge", AUTOMERGE)  # FTS5 writes what it has gathered before
+
+
+def merge(session: Session, pages: int) -> None:
+    """Merge parts of the index of a SQLite file, as far as so many pages; nothing if there are few.
+
+    A word that is in very many rows is merged in one piece.
+    """
+    configure(session, "merge", pages)
+
+
+def configure(session: Session, name: str, value: int) -> None:
+    columns: list[ColumnClause[Any]] = [column(RECORDS.name), column("rank")]
+    statement = insert(table(RECORDS.name, *columns))
+    session.execute(statement.values(dict(zip(columns, (name, value), strict=True))))
 
 
 def hits(

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session, aliased
 
 from models import TERMINAL, Base, Conversation, GenerationRecord, HistoryQuery, UsageDelta
 from repositories import blocks, records, search, usage
-from repositories.bulk import Bound, BulkInsert, positional, run
-from repositories.records import filtered
+from repositories.bulk import Bound, BulkInsert, insertion_sql, run
+from repositories.lists import filtered
 from words import title_words
 
 Values = dict[str, Any]
@@ -134,7 +134,8 @@ class Loading:
         self.rows = BulkInsert(table, names, drivername)
         index = search.TITLES if kind is Conversation else search.RECORDS
         indexing = search.insertion(index, self.database_kind)
-        self.index_sql = str(indexing.compile(dialect=positional(drivername)))
+        index_columns = [search.key_name(index, self.database_kind), "words"]
+        self.index_sql = insertion_sql(indexing, drivername, index_columns)
         self.usage = BulkInsert(table_of(UsageDelta), usage.NOTED, drivername)
 
     def ready(self, row: Values) -> Ready:

@@ -6,6 +6,8 @@ waits for a sum that others write as well. ``fold`` adds such rows to the sums i
 """
 
 import struct
+import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -84,7 +86,9 @@ def packed(sums: Sums) -> bytes:
 
 
 def unpacked(content: bytes) -> tuple[Sequence[int], Sequence[int]]:
-    numbers = struct.unpack(f"<{len(content) // 4}I", content)
+    numbers = array("I", content)
+    if sys.byteorder == "big":
+        numbers.byteswap()
     half = len(numbers) // 2
     return numbers[:half], numbers[half:]
 
@@ -186,12 +190,7 @@ def between(
         *(getattr(Usage, column).label(column) for column in COUNTED),
         Usage.latencies.label("latencies"),
         literal(None, UsageDelta.duration_ms.type).label("duration_ms"),
-    ).where(
-        Usage.owner_id == owner_id,
-        Usage.kind == kind,
-        Usage.hour >= hour_of(first),
-        Usage.hour < hour_of(last),
-    )
+    ).where(Usage.owner_id == owner_id, Usage.kind == kind)
     single = select(
         null(),
         UsageDelta.created_at,
@@ -204,28 +203,28 @@ def between(
         UsageDelta.created_at >= first,
         UsageDelta.created_at < last,
     )
-    if names is not None:
-        sums, single = sums.where(Usage.name.in_(names)), single.where(name.in_(names))
+    if names is None:
+        sums = sums.where(Usage.hour >= hour_of(first), Usage.hour < hour_of(last))
+    else:  # each looked up: between two hours are the sums of many others
+        hours = days(session, owner_id, kind, first, last)
+        sums = sums.where(Usage.hour.in_(hours), Usage.name.in_(names))
+        single = single.where(name.in_(names))
     return session.execute(union_all(sums, single)).all()
 
 
-def busiest_users(
-    session: Session, owner_id: str, first: datetime, last: datetime, count: int
-) -> list[str]:
-    """The users with the most requests; the empty name is of requests without one."""
-    statement = (
-        select(Usage.name)
-        .where(
-            Usage.owner_id == owner_id,
-            Usage.kind == UsageKind.USER_DAY,
-            Usage.hour >= hour_of(first),
-            Usage.hour < hour_of(last),
-        )
-        .group_by(Usage.name)
-        .order_by(func.sum(Usage.requests).desc(), Usage.name)
-        .limit(count)
+def days(
+    session: Session, owner_id: str, kind: UsageKind, first: datetime, last: datetime
+) -> list[int]:
+    """The first hours of the days between two times, from the first that has a sum to the last."""
+    theirs = (
+        Usage.owner_id == owner_id,
+        Usage.kind == kind,
+        Usage.hour >= hour_of(first),
+        Usage.hour < hour_of(last),
     )
-    return list(session.scalars(statement))
+    ends = [select(end(Usage.hour)).where(*theirs) for end in (func.min, func.max)]
+    earliest, latest = map(session.scalar, ends)
+    return [] if earliest is None or latest is None else list(range(earliest, latest + 1, 24))
 
 
 def forget_user(session: Session, owner_id: str | None, user_id: str) -> int:

@@ -10,8 +10,6 @@ import gc
 import multiprocessing
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing.connection import Connection
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -21,7 +19,7 @@ from repositories.transfer import Loading, Ready
 from services.lines import BrokenLineError, parse
 
 BATCH_BYTES = 1 << 21  # some 2,000 records, a tenth of a second
-ALONE_BYTES = 1 << 24  # a second process would not have started before so much is done
+ALONE_BYTES = 1 << 22  # a second process would hardly have started before so much is done
 
 Text = tuple[str, str]
 
@@ -48,6 +46,16 @@ class Arriving(NamedTuple):
 Rows = list[Arriving | BrokenLineError]
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Rows hold no cycles: while many are made, the collector would only look at them all again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class Preparing:
     """Lines in, rows for one kind of database out."""
 
@@ -56,7 +64,8 @@ class Preparing:
         self.records = Loading(GenerationRecord, drivername)
 
     def batch(self, lines: list[bytes]) -> Rows:
-        return [self.arriving(line) for line in lines]
+        with uncollected():
+            return [self.arriving(line) for line in lines]
 
     def arriving(self, line: bytes) -> Arriving | BrokenLineError:
         try:
@@ -92,16 +101,27 @@ class Helper:
         self.process.start()
         theirs.close()
         self.is_ready = False
+        self.is_asked = False
 
-    def batch(self, lines: list[bytes]) -> Rows | None:
-        """None while it starts, and when it is dead."""
+    def ask(self, lines: list[bytes]) -> None:
+        """Nothing happens while it starts, and when it is dead."""
         try:
-            if not self.is_ready:
-                if not self.pipe.poll():
-                    return None
+            if not self.is_ready and self.pipe.poll():
                 self.is_ready = self.pipe.recv()
-            self.pipe.send(lines)
-            rows: Rows = self.pipe.recv()
+            if self.is_ready:
+                self.pipe.send(lines)
+                self.is_asked = True
+        except (EOFError, OSError):
+            self.is_ready = False
+
+    def answer(self) -> Rows | None:
+        """The rows of the lines it was asked for last; None if it was not, or died."""
+        if not self.is_asked:
+            return None
+        self.is_asked = False
+        try:
+            with uncollected():
+                rows: Rows = self.pipe.recv()
             return rows
         except (EOFError, OSError):
             self.is_ready = False
@@ -122,22 +142,16 @@ def serve(pipe: Connection, drivername: str) -> None:
             pipe.send(preparing.batch(pipe.recv()))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Lines that were read, and how many bytes they were."""
-
-    rows: Rows
-    size: int
-
-
 class Arrivals:
-    """The batches of a file or a stream; one is prepared while another is stored."""
+    """The batches of a file or a stream, and how many bytes each was.
+
+    One is prepared while the one before it is stored.
+    """
 
     def __init__(self, source: BinaryIO, drivername: str) -> None:
         self.source = source
         self.drivername = drivername
         self.preparing = Preparing(drivername)
-        self.reader = ThreadPoolExecutor(1)
         self.helper: Helper | None = None
         self.bytes_read = 0
 
@@ -145,21 +159,22 @@ class Arrivals:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.reader.shutdown()
         if self.helper is not None:
             self.helper.stop()
 
-    def __iter__(self) -> Iterator[Batch]:
-        coming = self.reader.submit(self.read)
-        while (batch := coming.result()).rows:
-            coming = self.reader.submit(self.read)
-            yield batch
+    def __iter__(self) -> Iterator[tuple[Rows, int]]:
+        coming = self.read()
+        while lines := coming:
+            rows = None if self.helper is None else self.helper.answer()
+            coming = self.read()
+            yield self.preparing.batch(lines) if rows is None else rows, sum(map(len, lines))
 
-    def read(self) -> Batch:
+    def read(self) -> list[bytes]:
+        """The next lines; on their way to the helper, where there is one."""
         lines = self.source.readlines(BATCH_BYTES)
-        size = sum(map(len, lines))
-        self.bytes_read += size
+        self.bytes_read += sum(map(len, lines))
         if self.helper is None and self.bytes_read > ALONE_BYTES:
             self.helper = Helper(self.drivername)
-        rows = None if self.helper is None else self.helper.batch(lines)
-        return Batch(self.preparing.batch(lines) if rows is None else rows, size)
+        if self.helper is not None and lines:
+            self.helper.ask(lines)
+        return lines

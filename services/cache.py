@@ -142,7 +142,6 @@ def keep(
             updated_at=now,
             **once_values(ask.once),
         )
-    session.expunge(record)
     metrics.CACHED.inc()
     metrics.TOKENS_SAVED.inc(record.completion_tokens)
     event(log, logging.INFO, "record answered from another", id=record.id, source=source.id)

@@ -23,7 +23,7 @@ from models import (
     MessageUpdate,
     Page,
 )
-from repositories import conversations, records
+from repositories import conversations, records, removal
 from services import history
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def change_message(
         record = message(session, owner_id, message_id)
         if record.status not in TERMINAL:
             raise ConflictError("The message is being generated.", record_id=record.id)
-        records.separate(session, record)
+        removal.separate(session, record)
         for name, value in given.items():
             setattr(record, names[name], value)
         record.updated_at = datetime.now(UTC)
@@ -150,7 +150,7 @@ def delete_message(session: Session, owner_id: str, message_id: int) -> None:
     """Raises NotFoundError."""
     with transaction(session):
         record = message(session, owner_id, message_id)
-        records.remove(session, owner_id, record.id)
+        removal.remove(session, owner_id, record.id)
         touch(session, owner_id, record.conversation_id)
 
 

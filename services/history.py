@@ -11,7 +11,7 @@ from engine.sampling import FinishReason
 from errors import ConflictError, NotFoundError
 from log import event
 from models import TERMINAL, GenerationRecord, HistoryQuery, Record
-from repositories import records
+from repositories import lists, records, removal
 from services import search
 from services.live import LiveGenerations
 
@@ -44,13 +44,11 @@ def find(session: Session, owner_id: str | None, record_id: int) -> GenerationRe
     return record
 
 
-def page(
-    session: Session, owner_id: str, query: HistoryQuery
-) -> tuple[list[GenerationRecord], bool]:
+def page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[Record], bool]:
     """A page, newest or best matches first, and whether more follow. Raises InvalidRequestError."""
     if query.order == "rank":
         return search.ranked_page(session, owner_id, query)
-    return records.page(session, owner_id, query)
+    return lists.page(session, owner_id, query)
 
 
 def cancel(
@@ -89,6 +87,6 @@ def pin(session: Session, owner_id: str, record_id: int, pinned: bool) -> Genera
 def delete(session: Session, owner_id: str, record_id: int) -> None:
     """Raises NotFoundError."""
     with transaction(session):
-        if not records.remove(session, owner_id, record_id):
+        if not removal.remove(session, owner_id, record_id):
             raise NotFoundError
     event(log, logging.INFO, "record deleted", id=record_id)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.sampling import SamplingParams
 from errors import InvalidRequestError
-from models import GenerationRecord, SamplingOptions
+from models import GenerationRecord, MessageCreate, SamplingOptions
 from services.idempotency import Once
 
 if TYPE_CHECKING:
@@ -28,6 +28,14 @@ class Ask:
     finish_alone: bool
     conversation_id: int | None = None
     once: Once | None = None
+
+
+@dataclass(frozen=True)
+class MessageAsk(Ask):
+    """A message of a conversation, with or without a response that it brings along."""
+
+    options: MessageCreate
+    conversation_id: int
 
 
 @dataclass(frozen=True)

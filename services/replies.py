@@ -3,20 +3,21 @@
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from database import release, transaction
 from errors import ConflictError
-from models import TERMINAL, FinishReason, GenerationRecord, MessageCreate, Status
+from models import TERMINAL, Conversation, FinishReason, GenerationRecord, MessageCreate, Status
 from repositories import conversations, records
 from services.accepting import TakenError
-from services.conversations import conversation_not_found, first_words, get
+from services.conversations import first_words, get
 from services.generation import Answer, GenerationService
-from services.idempotency import Key, Once, once_of, once_values
+from services.idempotency import Key, once_of, once_values
 from services.live import Live
-from services.planning import CONTEXT_TURNS, Ask, plan_reply, turns_of
+from services.planning import CONTEXT_TURNS, MessageAsk, plan_reply, turns_of
 
 TURN_PATIENCE_SECONDS = 0.05
 
@@ -38,10 +39,9 @@ class Replies:
         key: Key | None = None,
     ) -> Answer:
         """Store an exchange, generating what the request does not bring. Raises ServiceErrors."""
-        if request.response_content is not None:
-            return self.keep(session, owner_id, conversation_id, request, key)
-        begun = self.begin(session, owner_id, conversation_id, request, True, key)
-        return self.generation.wait_for(session, begun)
+        ask = message_ask(owner_id, conversation_id, request, True, key)
+        begin = self.begin if request.response_content is None else self.keep
+        return self.generation.wait_for(session, begin(session, ask))
 
     def stream(
         self,
@@ -53,51 +53,30 @@ class Replies:
         key: Key | None = None,
     ) -> Live | Answer:
         """Begin a reply; a producer goes on alone. Raises ServiceErrors."""
-        begun = self.begin(session, owner_id, conversation_id, request, finish_alone, key)
-        return self.generation.let_go(begun)
+        ask = message_ask(owner_id, conversation_id, request, finish_alone, key)
+        return self.generation.let_go(self.begin(session, ask))
 
-    def begin(
-        self,
-        session: Session,
-        owner_id: str,
-        conversation_id: int,
-        request: MessageCreate,
-        finish_alone: bool,
-        key: Key | None,
-    ) -> Live | Answer:
-        once = once_of(key, request)
-        ask = Ask(owner_id, request.prompt_content, request, finish_alone, conversation_id, once)
-
+    def begin(self, session: Session, ask: MessageAsk) -> Live | Answer:
         def begin(first: GenerationRecord | None) -> Live | Answer:
             if first is None:
-                return self.wait_for_turn(session, owner_id, ask, conversation_id)
-            before = conversations.latest(
-                session, owner_id, conversation_id, CONTEXT_TURNS, before=first.id
-            )
-            release(session)
+                return self.wait_for_turn(session, ask)
+            before = read_thread(session, ask, before=first.id)
             return self.answer(session, ask, before, again=first)
 
         return self.generation.once(session, ask, begin)
 
-    def wait_for_turn(
-        self, session: Session, owner_id: str, ask: Ask, conversation_id: int
-    ) -> Live | Answer:
+    def wait_for_turn(self, session: Session, ask: MessageAsk) -> Live | Answer:
         """Wait for the turn, then read the thread and take the next place in it, or try again."""
         deadline = time.monotonic() + self.generation.timeout
         while time.monotonic() < deadline:
-            get(session, owner_id, conversation_id)
-            thread = conversations.latest(session, owner_id, conversation_id, CONTEXT_TURNS)
-            release(session)
+            get(session, ask.owner_id, ask.conversation_id)
+            thread = read_thread(session, ask)
             running = next((said for said in thread if said.status not in TERMINAL), None)
             if running is not None:
                 self.wait_for_end(running, deadline - time.monotonic())
                 continue
-
-            def enter(session: Session, thread: list[GenerationRecord] = thread) -> None:
-                self.take_turn(session, owner_id, conversation_id, thread, ask.prompt)
-
             try:
-                return self.answer(session, ask, thread, enter)
+                return self.answer(session, ask, thread, partial(take_turn, ask, thread))
             except ThreadMovedError:
                 continue
         raise ConflictError("Another reply in this conversation takes too long.")
@@ -108,24 +87,10 @@ class Replies:
         if not live.wait_for_end(running.owner_id, running.id, timeout):
             time.sleep(TURN_PATIENCE_SECONDS)
 
-    def take_turn(
-        self,
-        session: Session,
-        owner_id: str,
-        conversation_id: int,
-        thread: list[GenerationRecord],
-        prompt: str,
-    ) -> None:
-        """Raises ThreadMovedError where the thread is not what was read any more."""
-        last = thread[-1].id if thread else 0
-        if not conversations.is_at(session, owner_id, conversation_id, last):
-            raise ThreadMovedError
-        self.announce(session, owner_id, conversation_id, None if thread else prompt)
-
     def answer(
         self,
         session: Session,
-        ask: Ask,
+        ask: MessageAsk,
         thread: list[GenerationRecord],
         enter: Callable[[Session], None] = lambda _: None,
         again: GenerationRecord | None = None,
@@ -139,75 +104,92 @@ class Replies:
             again,
         )
 
-    def announce(
-        self, session: Session, owner_id: str, conversation_id: int, first: str | None
-    ) -> None:
-        """Note in the conversation that a message comes; with the first one it wants a title."""
-        conversation = conversations.get(session, owner_id, conversation_id)
-        if conversation is None:
-            raise conversation_not_found()
-        conversation.updated_at = datetime.now(UTC)
-        untitled = conversation.title == "New conversation" and conversation.initial_prompt is None
-        if first is not None and untitled:
-            conversation.title = first_words(first) or conversation.title
-            conversation.initial_prompt = first
-            conversation.title_pending = True
-            session.flush()
-            conversations.index_title_again(session, conversation_id)
-
-    def keep(
-        self,
-        session: Session,
-        owner_id: str,
-        conversation_id: int,
-        request: MessageCreate,
-        key: Key | None,
-    ) -> Answer:
+    def keep(self, session: Session, ask: MessageAsk) -> Live | Answer:
         """Store an exchange that happened elsewhere. Raises NotFoundError."""
-        self.generation.content_filter.check(request.prompt_content)
-        once = once_of(key, request)
-        ask = Ask(owner_id, request.prompt_content, request, True, conversation_id, once)
+        self.generation.content_filter.check(ask.prompt)
 
         def store(_: GenerationRecord | None) -> Live | Answer:
-            return Answer(self.store(session, owner_id, conversation_id, request, ask.once))
+            return Answer(self.store(session, ask))
 
-        return self.generation.wait_for(session, self.generation.once(session, ask, store))
+        return self.generation.once(session, ask, store)
 
-    def store(
-        self,
-        session: Session,
-        owner_id: str,
-        conversation_id: int,
-        request: MessageCreate,
-        once: Once | None,
-    ) -> GenerationRecord:
-        assert request.response_content is not None
+    def store(self, session: Session, ask: MessageAsk) -> GenerationRecord:
+        response = ask.options.response_content
+        assert response is not None
         model, _ = self.generation.models.running()
         now = datetime.now(UTC)
         try:
             with transaction(session):
-                conversation = get(session, owner_id, conversation_id)
+                conversation = get(session, ask.owner_id, ask.conversation_id)
                 conversation.updated_at = now
                 return records.add(
                     session,
-                    owner_id,
-                    conversation_id=conversation_id,
-                    user_id=request.user_id,
-                    prompt=request.prompt_content,
-                    completion=request.response_content,
+                    ask.owner_id,
+                    conversation_id=ask.conversation_id,
+                    user_id=ask.options.user_id,
+                    prompt=ask.prompt,
+                    completion=response,
                     model_name=conversation.model_type,
                     model_fingerprint="",
                     dtype="",
                     parameters={},
                     seed=0,
-                    prompt_tokens=len(model.encode(request.prompt_content)),
-                    completion_tokens=len(model.encode(request.response_content)),
+                    prompt_tokens=len(model.encode(ask.prompt)),
+                    completion_tokens=len(model.encode(response)),
                     created_at=now,
                     updated_at=now,
                     duration_ms=0,
                     status=Status.COMPLETED,
                     finish_reason=FinishReason.STOP,
-                    **once_values(once),
+                    **once_values(ask.once),
                 )
         except IntegrityError:
             raise TakenError from None
+
+
+def message_ask(
+    owner_id: str,
+    conversation_id: int,
+    request: MessageCreate,
+    finish_alone: bool,
+    key: Key | None,
+) -> MessageAsk:
+    once = once_of(key, request)
+    return MessageAsk(
+        owner_id, request.prompt_content, request, finish_alone, conversation_id, once
+    )
+
+
+def read_thread(
+    session: Session, ask: MessageAsk, before: int | None = None
+) -> list[GenerationRecord]:
+    """The latest messages of a conversation, oldest first; those before one where it is named."""
+    owner_id, conversation_id = ask.owner_id, ask.conversation_id
+    thread = conversations.latest(session, owner_id, conversation_id, CONTEXT_TURNS, before=before)
+    release(session)
+    return thread
+
+
+def take_turn(ask: MessageAsk, thread: list[GenerationRecord], session: Session) -> None:
+    """Note in the conversation that a message comes.
+
+    Raises ThreadMovedError where the thread is not what was read any more.
+    """
+    last = thread[-1].id if thread else 0
+    if not conversations.is_at(session, ask.owner_id, ask.conversation_id, last):
+        raise ThreadMovedError
+    conversation = get(session, ask.owner_id, ask.conversation_id)
+    conversation.updated_at = datetime.now(UTC)
+    if not thread:
+        want_title(session, conversation, ask.prompt)
+
+
+def want_title(session: Session, conversation: Conversation, first: str) -> None:
+    """A conversation without a title gets one that is made from its first message."""
+    if conversation.title != "New conversation" or conversation.initial_prompt is not None:
+        return
+    conversation.title = first_words(first) or conversation.title
+    conversation.initial_prompt = first
+    conversation.title_pending = True
+    session.flush()
+    conversations.index_title_again(session, conversation.id)

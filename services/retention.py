@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from database import Database, release, transaction
 from log import event
-from repositories import retention, space
+from repositories import retention, search, space
 from repositories.retention import Condition
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ BATCH_SECONDS = 0.01  # how long a batch should hold up writers
 LEAST_ROWS = 8  # fewer would not make a batch on a slow disk shorter: its commit is the most of it
 MOST_ROWS = 32  # more, and a merge of the search index in between takes much longer
 VACUUM_PAGES = 64
+MERGED_PAGES = 32  # of the search index after a batch: some more than it would merge by itself
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,19 @@ class Retention:
                     break
                 with transaction(session):
                     began = time.monotonic()
-                    total += remove(session, ids)
+                    with search.unmerged(session):
+                        total += remove(session, ids)
             pace.took(time.monotonic() - began)
+            self.merge()
             above = ids[-1]
         return total
+
+    def merge(self) -> None:
+        """What a batch left in the index of a SQLite file, apart from it and a little at a time."""
+        if self.database.file is not None:
+            with self.database.sessions() as session, transaction(session):
+                search.merge(session, MERGED_PAGES)
+            time.sleep(BATCH_SECONDS)
 
     def give_space_back(self) -> None:
         while not self.stopping.is_set():

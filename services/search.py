@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from sqlalchemy.orm import Session
 
 from errors import InvalidRequestError
-from models import Conversation, GenerationRecord, HistoryQuery
-from repositories import conversations, records
+from models import Conversation, GenerationRecord, HistoryQuery, Record
+from repositories import conversations, lists
 from words import Term, is_match, parse_search, record_text, snippet, words
 
 MOST_RANKED = 1000
@@ -15,13 +15,11 @@ LENGTH_WEIGHT = 0.75
 USUAL_LENGTH = 100  # words
 
 
-def ranked_page(
-    session: Session, owner_id: str, query: HistoryQuery
-) -> tuple[list[GenerationRecord], bool]:
+def ranked_page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[Record], bool]:
     """The best of the newest matches, and whether more follow. Raises InvalidRequestError."""
     terms = [term for term in parse_search(query.q or "") if not term.excluded]
     everything = query.model_copy(update={"after": None, "limit": MOST_RANKED})
-    found, _ = records.page(session, owner_id, everything)
+    found, _ = lists.page(session, owner_id, everything)
     found.sort(key=lambda record: (-score(text_of(record), terms), -record.id))
     start = 0
     if query.after is not None:
@@ -39,11 +37,12 @@ def score(text: str, terms: Sequence[Term]) -> float:
     return sum(count / (count + size) for term in terms if (count := term.count(found)))
 
 
-def text_of(record: GenerationRecord) -> str:
-    return record_text(record.prompt, record.completion, record.conversation_id)
+def text_of(record: Record | GenerationRecord) -> str:
+    completion = record.generated_text.removeprefix(record.prompt)
+    return record_text(record.prompt, completion, record.conversation_id)
 
 
-def record_snippet(record: GenerationRecord, q: str) -> str:
+def record_snippet(record: Record, q: str) -> str:
     return snippet(text_of(record), parse_search(q))
 
 

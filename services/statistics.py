@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from database import Database, transaction
 from errors import InvalidRequestError
 from models import Latencies, Statistics, StatisticsQuery, UsageKind
-from repositories import usage
+from repositories import busiest, usage
 
 FOLD_SECONDS = 1.0
 AT_ONCE = 200  # requests added to the sums in one transaction: some 30 ms
@@ -48,7 +48,7 @@ def statistics(session: Session, owner_id: str, query: StatisticsQuery) -> list[
     kind, names = UsageKind.MODEL_HOUR if step is HOUR else UsageKind.MODEL_DAY, None
     if query.by == "user":
         kind = UsageKind.USER_DAY
-        names = usage.busiest_users(session, owner_id, first, last, query.limit)
+        names = busiest.users(session, owner_id, first, last, query.limit)
     bucket = last - first if query.bucket == "all" else step
     groups: dict[tuple[int, str], usage.Sums] = {}
     for row in usage.between(session, owner_id, kind, first, last, names):

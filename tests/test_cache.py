@@ -104,6 +104,19 @@ def test_a_cached_answer_holds_no_second_copy(service: TestClient, user: str) ->
     assert [item["generated_text"] for item in listed] == [first["generated_text"]] * 2
 
 
+def test_a_cached_answer_is_counted(service: TestClient, user: str) -> None:
+    first = generate(service, user_id=user)
+    names = ("requests", "cached", "failures", "total_tokens")
+    before: list[int] = []
+    after: list[int] = []
+    for found in (before, after):
+        (sums,) = service.get("/stats", params={"bucket": "all"}).json()
+        found += [sums[name] for name in names]
+        generate(service, user_id=user)
+    grown = [new - old for old, new in zip(before, after, strict=True)]
+    assert grown == [1, 1, 0, first["total_tokens"]]
+
+
 @pytest.mark.parametrize(
     "other", [{"prompt": "Once"}, {"max_length": 41}, {"temperature": 0.5}, {"seed": 1}]
 )
@@ -293,4 +306,5 @@ def test_every_record_of_the_cache_points_at_one_with_a_text(service: TestClient
             select(GenerationRecord).where(GenerationRecord.id.in_(sources))
         ).all()
     assert sources
-    assert all(record.source_id is None and record.own_completion for record in found)
+    # An answer may be empty, a prompt may not.
+    assert all(record.source_id is None and record.own_prompt for record in found)

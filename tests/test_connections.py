@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from connections import STATEMENT_FACTOR
+from connections import STATEMENT_FACTOR, normalise_url
 from database import Database, transaction
 from errors import StartError, StorageUnavailableError
 from models import GenerationRecord
-from repositories import records
-from tests.database_servers import Postgres, running
+from repositories import records, removal
+from tests.database_servers import MariaDb, Postgres, running
 from tests.databases import fresh_database
 from tests.test_history import insert
 
@@ -46,10 +46,10 @@ def test_a_row_that_another_holds_is_503_in_time(impatient: Database) -> None:
             rename(holder, record)
             began = time.monotonic()
             with pytest.raises(StorageUnavailableError), transaction(waiter):
-                records.remove(waiter, "local", record)
+                removal.remove(waiter, "local", record)
             assert TIMEOUT * 0.9 < time.monotonic() - began < TIMEOUT + 2
         with transaction(waiter):
-            assert records.remove(waiter, "local", record)
+            assert removal.remove(waiter, "local", record)
 
 
 def test_a_statement_is_ended_in_time(impatient: Database) -> None:
@@ -130,23 +130,42 @@ def test_servers_agree_on_what_a_transaction_sees(impatient: Database) -> None:
             assert reader.get_one(GenerationRecord, record).model_name == "other"
 
 
-def test_a_server_that_loses_commits_stops_the_start(tmp_path: Path) -> None:
+def test_postgresql_compiles_no_queries(tmp_path: Path) -> None:
+    with fresh_database("postgresql", tmp_path) as url:
+        database = Database(url)
+        with database.engine.connect() as connection:
+            assert connection.scalar(text("SHOW jit")) == "off"
+        database.close()
+
+
+def test_a_postgresql_that_loses_commits_stops_the_start(tmp_path: Path) -> None:
     with fresh_database("postgresql", tmp_path) as url:
         off = f"{url}?options=-csynchronous_commit%3Doff"
-        database = Database(off)
-        with pytest.raises(
-            StartError, match=r"^DATABASE_URL[^\n]*synchronous_commit is off[^\n]*$"
-        ):
-            database.migrate()
-        database.close()
-        told = Database(off, unsafe_commits=True)
-        told.migrate()
-        told.close()
+        stops_the_start_unless_told(off, "synchronous_commit is off")
 
 
+def test_a_mysql_that_loses_commits_stops_the_start(tmp_path: Path) -> None:
+    with running(MariaDb(tmp_path), last="kill") as server:
+        engine = create_engine(normalise_url(server.url))
+        with engine.connect() as connection:
+            connection.execute(text("SET GLOBAL innodb_flush_log_at_trx_commit = 2"))
+        engine.dispose()
+        stops_the_start_unless_told(server.url, "innodb_flush_log_at_trx_commit is 2")
+
+
+def stops_the_start_unless_told(url: str, reason: str) -> None:
+    database = Database(url)
+    with pytest.raises(StartError, match=rf"^DATABASE_URL[^\n]*{reason}[^\n]*$"):
+        database.migrate()
+    database.close()
+    told = Database(url, unsafe_commits=True)
+    told.migrate()
+    told.close()
+
+
+# SQLite keeps texts of any length; the schemas bound them.
+@pytest.mark.parametrize("database_url", ["postgresql", "mysql"], indirect=True)
 def test_a_text_that_is_too_long_is_refused_not_cut(database: Database) -> None:
-    if database.engine.dialect.name == "sqlite":
-        pytest.skip("SQLite keeps texts of any length; the schemas bound them")
     with (
         database.sessions() as session,
         pytest.raises(StorageUnavailableError),

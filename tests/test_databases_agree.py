@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from models import GenerationRecord
-from repositories import records
+from repositories import records, removal
 from tests import databases
-from tests.databases import KINDS, fresh_database
+from tests.databases import KINDS, prepared_database
 from tests.test_history import OWNER, ids, insert
 
 ALIKE = ["straße", "STRASSE", "Straße", "straße ", "straße\u200b", "stra\u00dfe\u0301", "🐉", "🐲"]
@@ -57,7 +57,7 @@ def test_long_texts_are_kept_whole(session: Session, length: int) -> None:
 @pytest.fixture(params=KINDS)
 def tokyo(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
     """A database whose sessions live in another time zone."""
-    with fresh_database(request.param, tmp_path) as url:
+    with prepared_database(request.param, tmp_path) as url:
         query = {
             "sqlite": {},
             "postgresql": {"options": "-ctimezone=Asia/Tokyo"},
@@ -88,7 +88,7 @@ def test_ids_are_not_used_again_after_everything_was_deleted(database: Database)
         last = [insert(session) for _ in range(3)][-1]
         with transaction(session):
             for record in session.scalars(select(GenerationRecord)):
-                records.remove(session, OWNER, record.id)
+                removal.remove(session, OWNER, record.id)
         database.engine.dispose()
         assert insert(session) > last
 

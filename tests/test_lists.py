@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from models import ConversationQuery, GenerationRecord, HistoryQuery, Status
-from repositories import blocks, conversations, records
+from repositories import blocks, conversations, lists
+from tests.databases import prepared_database
 from tests.test_history import NOON, OWNER, ids, insert
 
 ROWS = 6000
@@ -66,9 +67,8 @@ def is_mysql(session: Session) -> bool:
 
 @pytest.fixture(scope="module")
 def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from tests.databases import fresh_database
 
-    with fresh_database(request.param, tmp_path_factory.mktemp("lists")) as url:
+    with prepared_database(request.param, tmp_path_factory.mktemp("lists")) as url:
         database = Database(url)
         database.migrate()
         with database.sessions() as session:
@@ -119,7 +119,7 @@ def test_each_filter_and_pair_is_served_by_an_index(
     for after in (None, 3000):
         with filled.sessions() as session:
             asked = HistoryQuery(after=after, **query)
-            found = plans(filled, session, lambda session, q=asked: records.page(session, OWNER, q))
+            found = plans(filled, session, lambda session, q=asked: lists.page(session, OWNER, q))
             assert found or "created_after" in query
             assert [plan for plan in found if not is_served(plan)] == []
 
@@ -156,7 +156,7 @@ def test_a_time_far_back_is_found_within_its_block(filled: Database) -> None:
     with filled.sessions() as session:
         query = HistoryQuery(**FILTERS["within"], limit=100)
         assert list(blocks.id_ranges(session, query)) == [(0, 4096)]
-        found, more = records.page(session, OWNER, query)
+        found, more = lists.page(session, OWNER, query)
         made = [record.created_at for record in found]
         assert made == [NOON + timedelta(minutes=599 - n) for n in range(99)]
         assert not more

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from models import Conversation, GenerationRecord, HistoryQuery, Record, Status
-from repositories import conversations, records
+from repositories import conversations, records, removal
 from services import history, retention
 from services.planning import turns_of
 from services.retention import Limits, Removed, Retention
@@ -149,7 +149,7 @@ def test_pins_and_removed_texts_are_moved(database: Database) -> None:
         run(database, Limits(texts=NOW - timedelta(days=10)))
     whole = exported(database)
     with database.sessions() as session, transaction(session):
-        records.remove_all(session, sorted(kept_in(session)))
+        removal.remove_all(session, sorted(kept_in(session)))
     import_lines(database, whole)
     assert exported(database) == whole
 
@@ -192,7 +192,7 @@ def test_a_reply_reads_past_removed_texts(session: Session) -> None:
     there = insert(session)
     gone = insert(session)
     with transaction(session):
-        records.remove_texts(session, [gone], NOW)
+        removal.remove_texts(session, [gone], NOW)
     session.expire_all()
     thread_now = [history.get(session, OWNER, record) for record in (gone, there)]
     assert turns_of(thread_now) == [("Once", " upon a time")]
@@ -201,7 +201,7 @@ def test_a_reply_reads_past_removed_texts(session: Session) -> None:
 def test_a_removed_text_is_not_run_again(client: TestClient) -> None:
     record = client.post("/generate", json={"prompt": "Once"}).json()["id"]
     with sessions_of(client)() as session, transaction(session):
-        records.remove_texts(session, [record], NOW)
+        removal.remove_texts(session, [record], NOW)
     answer = client.post(f"/history/{record}/replay")
     assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
 

@@ -21,7 +21,7 @@ from models import (
     MessageUpdate,
     Status,
 )
-from repositories import records
+from repositories import records, removal
 from repositories import search as index
 from services import conversations, history
 from tests.service import in_process, sessions_of
@@ -280,6 +280,30 @@ def test_a_record_that_is_gone_is_not_in_the_index(session: Session) -> None:
     assert indexed(session, "unicorn") == []
     fourth = insert(session, prompt="unicorn")
     assert indexed(session, "unicorn") == [fourth]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_removals_leave_merging_to_steps_of_its_own(session: Session) -> None:
+    ids = [insert(session, prompt=f"dragon {number}") for number in range(40)]
+    before = parts(session)
+    session.rollback()
+    for number, record in enumerate(ids[1:], 1):
+        with transaction(session):
+            with index.unmerged(session):
+                removal.remove_all(session, [record])
+            assert parts(session) == before + number  # before the commit could merge it
+    for _ in range(20):
+        with transaction(session):
+            index.merge(session, 8)
+    assert parts(session) < index.AUTOMERGE
+    assert ids_of(session, "dragon") == ids[:1]
+    kept = text("SELECT v FROM record_search_config WHERE k = 'automerge'")
+    assert session.scalar(kept) == index.AUTOMERGE
+
+
+def parts(session: Session) -> int:
+    """How many parts the index of a SQLite file has."""
+    return len(session.execute(text("SELECT DISTINCT segid FROM record_search_idx")).all())
 
 
 def indexed(session: Session, q: str) -> list[int]:

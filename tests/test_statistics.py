@@ -1,19 +1,21 @@
 """What happened is counted exactly: at once, once, whatever becomes of the records."""
 
 import contextlib
+import random
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import text
+from sqlalchemy import delete, text
+from sqlalchemy import insert as insert_rows
 from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from errors import InvalidRequestError
-from models import ConversationCreate, FinishReason, Statistics, StatisticsQuery, Status
-from repositories import records, usage
+from models import ConversationCreate, FinishReason, Statistics, StatisticsQuery, Status, Usage
+from repositories import busiest, records, usage
 from services import conversations, history, statistics
 from services.statistics import UsageFolder
 from tests.test_history import NOON, OWNER, insert
@@ -178,6 +180,36 @@ def test_a_forgotten_person_is_in_nobodys_statistics(session: Session, folder: U
     found = total(session)
     assert found is not None
     assert found.requests == 3
+
+
+def sums_of_days(draw: random.Random, days: int, users: int) -> list[dict[str, Any]]:
+    """Steady users and such with single busy days, some of them with as many requests."""
+    mean = [draw.choice([0.5, 3, 10, 30]) for _ in range(users)]
+    return [
+        dict.fromkeys(usage.COUNTED, 0)
+        | {"owner_id": OWNER, "kind": "user", "hour": 24 * day, "name": f"user-{user}"}
+        | {"requests": requests, "latencies": b""}
+        for day in range(days)
+        for user in range(users)
+        if (requests := int(draw.expovariate(1 / mean[user])) * draw.choice([0, 1, 1, 5]))
+    ]
+
+
+def test_the_busiest_are_the_same_however_few_are_added_up(session: Session) -> None:
+    guessed = 0
+    for seed in range(40):
+        draw = random.Random(seed)
+        with transaction(session):
+            session.execute(delete(Usage).where(Usage.kind == "user"))
+            session.execute(insert_rows(Usage), sums_of_days(draw, draw.randint(1, 9), 60))
+        count = draw.randint(1, 20)
+        asked = busiest.Days(session, OWNER, usage.EPOCH, usage.EPOCH + timedelta(days=8))
+        candidates = asked.candidates(count)
+        guessed += candidates is not None and len(candidates) < 40
+        found = busiest.users(session, OWNER, usage.EPOCH, usage.EPOCH + timedelta(days=8), count)
+        assert found == [name for name, _ in asked.totals(count)], seed
+        session.rollback()
+    assert guessed > 10
 
 
 def test_the_service_counts_what_it_answers(client: TestClient) -> None:

@@ -17,12 +17,12 @@ from sqlalchemy.orm import Session
 from database import Database, transaction
 from errors import CommandError
 from models import Base, Conversation, GenerationRecord, HistoryQuery, Status
-from repositories import conversations, records
+from repositories import conversations, records, removal
 from repositories.transfer import LEFT
 from services import arriving, importing, transfer
 from services.leases import LeaseKeeper
 from services.lines import NO_ROW, conversation_line, record_line
-from tests.databases import KINDS, fresh_database
+from tests.databases import KINDS, prepared_database
 from tests.service import ROOT
 from tests.test_history import NOON, OWNER, insert
 
@@ -76,7 +76,7 @@ def fill(database: Database) -> None:
             parameters={"top_p": 0.1, "stop": ["\n\t", "ß"], "temperature": 1.0, "top_k": 0},
         )
         with transaction(session):
-            assert records.remove(session, OWNER, gone)
+            assert removal.remove(session, OWNER, gone)
 
 
 def show(session: Session, record_id: int) -> int:
@@ -93,7 +93,7 @@ def test_a_move_to_another_database_and_on_gives_the_same_bytes(
     source: str, database: Database, tmp_path: Path
 ) -> None:
     (tmp_path / "first").mkdir()
-    with fresh_database(source, tmp_path / "first") as url:
+    with prepared_database(source, tmp_path / "first") as url:
         first = Database(url)
         first.migrate()
         fill(first)
@@ -252,6 +252,16 @@ def test_a_row_that_changed_since_stays_as_it_is(database: Database) -> None:
     assert lines_of(exported(database))[0]["generated_text"] == "Once corrected"
 
 
+def test_an_id_that_a_service_takes_meanwhile_ends_the_import(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_lines(database, written(record(1)))
+    monkeypatch.setattr("repositories.transfer.known", lambda *_: {})  # looked too early
+    with pytest.raises(CommandError, match="lines 1 to 2: a running service took one"):
+        import_lines(database, written(record(2), record(1)))
+    assert [line["id"] for line in lines_of(exported(database))] == [1]
+
+
 def test_what_was_in_progress_is_closed_where_it_came_to(database: Database) -> None:
     line = record(1, status="in_progress", finish_reason=None)
     import_lines(database, written(line))
@@ -346,8 +356,8 @@ def test_an_answer_from_the_cache_comes_along_without_a_second_copy(database: Da
     )
     whole = exported(database)
     with database.sessions() as session, transaction(session):
-        records.remove(session, OWNER, shown)
-        records.remove(session, OWNER, source)
+        removal.remove(session, OWNER, shown)
+        removal.remove(session, OWNER, source)
     import_lines(database, whole)
     assert exported(database) == whole
     columns = text("SELECT prompt, completion FROM generation_records WHERE id = :id")
@@ -361,8 +371,8 @@ def test_an_answer_whose_source_stayed_behind_has_its_own_text(database: Databas
         shown = show(session, source)
     _, line = exported(database).splitlines(keepends=True)
     with database.sessions() as session, transaction(session):
-        records.remove(session, OWNER, shown)
-        records.remove(session, OWNER, source)
+        removal.remove(session, OWNER, shown)
+        removal.remove(session, OWNER, source)
     import_lines(database, line)
     (found,) = lines_of(exported(database))
     assert (found["id"], found["generated_text"], found["source_id"]) == (
@@ -390,11 +400,14 @@ def test_a_second_process_prepares_the_same_and_is_not_missed(
             super().__init__(drivername)
             assert self.pipe.poll(60)
 
-        def batch(self, lines: list[bytes]) -> Any:
+        def ask(self, lines: list[bytes]) -> None:
             if len(helped) == 7:
                 self.process.kill()
                 self.process.join()
-            rows = super().batch(lines)
+            super().ask(lines)
+
+        def answer(self) -> Any:
+            rows = super().answer()
             helped.append(rows is not None)
             return rows
 
@@ -405,7 +418,7 @@ def test_a_second_process_prepares_the_same_and_is_not_missed(
     done = import_lines(database, b"{\n" + whole, skipped)
     assert (done.records, done.conversations, skipped) == (6, 3, [f"line 1: {NO_ROW}"])
     assert exported(database) == whole
-    assert helped == [True] * 7 + [False] * 4  # the last reads the end
+    assert helped == [True] * 7 + [False] * 3
 
 
 def test_the_second_process_ends_with_the_first() -> None:
