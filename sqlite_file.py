@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, event
@@ -64,8 +65,11 @@ def set_up(connection: sqlite3.Connection) -> None:
 
 
 def begin(connection: Connection) -> None:
-    write = connection.get_execution_options().get("write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    if connection.get_execution_options().get("write", False):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        return
+    driver: Any = connection.connection.driver_connection
+    driver.execute("BEGIN")  # waits for nothing and cannot fail: past all that SQLAlchemy does
 
 
 def truncate_log(file: Path) -> bool:

@@ -13,15 +13,18 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from models import HistoryQuery, RecordBlock
+from repositories.lookup import Lookup
 
 BITS = 12  # 4096 ids a block
 FIRST_BLOCKS = 8  # mostly hold a page; to read the other blocks' times would take longer
 STEP = timedelta(minutes=10)
 
-KNOWN = select(RecordBlock.block).where(  # asked with each record: built once
-    RecordBlock.block == bindparam("of"),
-    RecordBlock.earliest <= bindparam("from"),
-    RecordBlock.latest >= bindparam("to"),
+KNOWN = Lookup(
+    select(RecordBlock.block).where(
+        RecordBlock.block == bindparam("block"),
+        RecordBlock.earliest <= bindparam("earliest"),
+        RecordBlock.latest >= bindparam("latest"),
+    )
 )
 
 
@@ -40,9 +43,9 @@ def step_of(moment: datetime) -> datetime:
 
 
 def widen(session: Session, block: int, earliest: datetime, latest: datetime) -> None:
-    if session.scalar(KNOWN, {"of": block, "from": earliest, "to": latest}) is not None:
-        return
     values = {"block": block, "earliest": earliest, "latest": latest}
+    if KNOWN.row(session, **values) is not None:
+        return
     session.execute(upsert(session.get_bind().dialect.name).values(**values))
 
 

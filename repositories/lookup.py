@@ -1,4 +1,4 @@
-"""Queries of one row by its id, the requests that come most.
+"""Queries of one row that requests ask again and again.
 
 To run a statement takes SQLAlchemy three times as long as SQLite takes for the answer. So it
 compiles the statement once, and the driver runs it.
@@ -21,13 +21,13 @@ class Prepared(NamedTuple):
 
 
 class Lookup:
-    """A statement that finds one row; all of its values are parameters with names."""
+    """A statement that finds one row."""
 
     def __init__(self, statement: Select[Any]) -> None:
         self.statement = statement
         self.prepared: dict[str, Prepared] = {}
 
-    def row(self, session: Session, **given: int | str) -> list[Any] | None:
+    def row(self, session: Session, **given: object) -> list[Any] | None:
         """The row that the statement finds, as SQLAlchemy would return it."""
         connection = session.connection()
         dialect = connection.dialect
@@ -51,15 +51,27 @@ class Lookup:
 
     def prepare(self, dialect: Dialect) -> Prepared:
         compiled: Any = self.statement.compile(dialect=dialect)
-        names = compiled.positiontup
+        values, order = compiled.params, compiled.positiontup
+        binding = {
+            name: process
+            for name, parameter in compiled.binds.items()
+            if (process := parameter.type.dialect_impl(dialect).bind_processor(dialect))
+        }
+
+        def arguments(given: dict[str, Any]) -> Any:
+            found = values | given
+            for name, process in binding.items():
+                found[name] = process(found[name])
+            return found if order is None else tuple([found[name] for name in order])
+
         columns = enumerate(self.statement.selected_columns)
         processors = [
-            (column, found.type.dialect_impl(dialect).result_processor(dialect, None))
-            for column, found in columns
+            (place, column.type.dialect_impl(dialect).result_processor(dialect, None))
+            for place, column in columns
         ]
         prepared = self.prepared[dialect.name] = Prepared(
             str(compiled),
-            dict if names is None else lambda given: tuple(given[name] for name in names),
-            [(column, converted) for column, converted in processors if converted is not None],
+            arguments,
+            [(place, process) for place, process in processors if process is not None],
         )
         return prepared

@@ -63,16 +63,15 @@ SHOWN = Lookup(
 )
 INSERT = insert(GenerationRecord)
 ROWS = select(TABLE).where(TABLE.c.id.in_(bindparam("ids", expanding=True)))
-BY_CACHE_KEY = (
-    select(GenerationRecord)
-    .options(lazyload(GenerationRecord.source))  # who has a cache key has its own text
+BY_CACHE_KEY = Lookup(
+    select(TABLE)
     .where(
-        GenerationRecord.cache_key == bindparam("cache_key"),
-        GenerationRecord.owner_id == bindparam("owner_id"),
-        GenerationRecord.status == Status.COMPLETED,
-        GenerationRecord.created_at > bindparam("since"),
+        TABLE.c.cache_key == bindparam("cache_key"),
+        TABLE.c.owner_id == bindparam("owner_id"),
+        TABLE.c.status == Status.COMPLETED,
+        TABLE.c.created_at > bindparam("since"),
     )
-    .order_by(GenerationRecord.id.desc())
+    .order_by(TABLE.c.id.desc())
     .limit(1)
 )
 IN_PROGRESS = (
@@ -321,9 +320,9 @@ def reopen(session: Session, record: GenerationRecord, **values: Any) -> bool:
 def by_cache_key(
     session: Session, owner_id: str, cache_key: str, since: datetime
 ) -> GenerationRecord | None:
-    """The latest complete answer to the same work."""
-    given = {"cache_key": cache_key, "owner_id": owner_id, "since": since}
-    return session.scalar(BY_CACHE_KEY, given)
+    """The latest complete answer to the same work. It has a text of its own; no session has it."""
+    row = BY_CACHE_KEY.row(session, cache_key=cache_key, owner_id=owner_id, since=since)
+    return None if row is None else GenerationRecord(**dict(zip(TABLE.c.keys(), row, strict=True)))
 
 
 def in_flight(session: Session, owner_id: str, flight_key: str) -> int | None:

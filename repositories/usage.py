@@ -39,6 +39,7 @@ COUNTED = (
     "completion_tokens",
 )
 NOTED = ("owner_id", "user_id", "model_name", "created_at", *COUNTED, "duration_ms")
+NOTE = insert(UsageDelta)
 
 
 class Key(NamedTuple):
@@ -96,7 +97,7 @@ def unpacked(content: bytes) -> tuple[Sequence[int], Sequence[int]]:
 def note(session: Session, ended: Iterable[Mapping[str, Any]]) -> None:
     """Count records that have just ended."""
     if rows := [noted(row) for row in ended]:
-        session.connection().execute(insert(UsageDelta), rows)
+        session.connection().execute(NOTE, rows)
 
 
 def noted(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from database import Database, transaction
-from models import Conversation, GenerationRecord
+from models import Conversation, GenerationRecord, Status
 from repositories import conversations, records
 from repositories.lookup import Lookup
 from tests.test_history import OWNER, insert
@@ -58,6 +58,27 @@ def test_a_lookup_finds_what_sqlalchemy_does(
         assert lookup.row(source, found=found) == list(expected)
         assert lookup.row(source, found=found + 1) is None
         assert not through_sqlalchemy
+
+
+def test_what_is_asked_for_is_written_as_the_column_keeps_it(
+    reading: tuple[Session, Session],
+) -> None:
+    session, reader = reading
+    record = insert(session, cache_key="0123456789abcdef" * 2)
+    created = session.get_one(GenerationRecord, record).created_at
+    columns = GenerationRecord.__table__.c
+    lookup = Lookup(
+        select(columns.id)
+        .where(
+            columns.cache_key == bindparam("key"),
+            columns.created_at == bindparam("created"),
+            columns.status == Status.COMPLETED,
+        )
+        .limit(1)
+    )
+    for source in (session, reader):
+        assert lookup.row(source, key="0123456789abcdef" * 2, created=created) == [record]
+        assert lookup.row(source, key="0" * 32, created=created) is None
 
 
 def test_each_lookup_sees_what_was_committed_before(reading: tuple[Session, Session]) -> None:
