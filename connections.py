@@ -72,14 +72,20 @@ def pool_options(timeout: float) -> dict[str, Any]:
 
 def open_server(url: URL, timeout: float, **options: Any) -> Engine:
     mysql = url.get_backend_name() in MYSQL
-    arguments = mysql_arguments(timeout) if mysql else postgres_arguments(timeout)
-    arguments = {name: value for name, value in arguments.items() if name not in url.query}
+    arguments = connect_arguments(url, timeout)
     engine = create_engine(url, connect_args=arguments, **pool_options(timeout), **options)
     if not mysql:
         event.listen(engine, "do_connect", partial(connect_postgres, statement_seconds(timeout)))
     set_up = set_up_mysql if mysql else set_up_postgres
     event.listen(engine, "connect", lambda connection, _: set_up(connection, timeout))
     return engine
+
+
+def connect_arguments(url: URL, timeout: float) -> dict[str, Any]:
+    """What the URL does not say itself."""
+    mysql = url.get_backend_name() in MYSQL
+    arguments = mysql_arguments(timeout) if mysql else postgres_arguments(timeout)
+    return {name: value for name, value in arguments.items() if name not in url.query}
 
 
 def statement_seconds(timeout: float) -> float:
@@ -128,13 +134,21 @@ def mysql_arguments(timeout: float) -> dict[str, Any]:
     }
 
 
-def set_up_postgres(connection: Any, timeout: float) -> None:
-    # Not as start-up options: connection poolers refuse those.
-    with connection.cursor() as cursor:
-        cursor.execute(f"SET lock_timeout = {round(timeout * 1000)}")
-        cursor.execute(f"SET statement_timeout = {round(timeout * STATEMENT_FACTOR * 1000)}")
+def postgres_settings(timeout: float) -> list[str]:
+    """Statements, not start-up options: connection poolers refuse those."""
+    settings = {
+        "lock_timeout": round(timeout * 1000),
+        "statement_timeout": round(timeout * STATEMENT_FACTOR * 1000),
         # To compile a search among a million records took ten times as long as to run it.
-        cursor.execute("SET jit = off")
+        "jit": "off",
+    }
+    return [f"SET {name} = {value}" for name, value in settings.items()]
+
+
+def set_up_postgres(connection: Any, timeout: float) -> None:
+    with connection.cursor() as cursor:
+        for setting in postgres_settings(timeout):
+            cursor.execute(setting)
     connection.commit()
 
 

@@ -8,9 +8,9 @@ needs in ``sqlite_file.py``.
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -27,23 +27,21 @@ from sqlalchemy.exc import (
     DBAPIError,
     IntegrityError,
     NoSuchModuleError,
-    OperationalError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from connections import READERS, normalise_url, open_engine, open_reader, unsafe_commits
+from connections import normalise_url, open_engine, unsafe_commits
 from errors import StartError, StorageUnavailableError
 from log import event as event_log
-from sqlite_file import PageCheck, WriteLock, database_file, is_busy, truncate_log, vacuum
+from reader import Reader
+from sqlite_file import PageCheck, WriteLock, database_file, truncate_log, vacuum
 
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_PATIENCE = 600.0  # seconds to wait for another process's migration
 MIGRATION_LOCK = "ai-database-service-migration"
-
-Result = TypeVar("Result")
 
 
 class Database:
@@ -76,7 +74,7 @@ class Database:
         self.sessions = sessionmaker(
             self.engine, expire_on_commit=False, info={"write_lock": self.write_lock}
         )
-        self.reader = Reader(self.sessions, self.write_lock, timeout)
+        self.reader = Reader(self.url, self.sessions, self.write_lock, timeout)
 
     @property
     def damaged(self) -> bool:
@@ -89,7 +87,7 @@ class Database:
             self.page_check.start()
         if not self.damaged:
             self.migrate()
-            self.reader.connect(open_reader(self.url, self.write_lock, self.timeout))
+            self.reader.connect()
 
     def migrate(self) -> None:
         """Bring the schema to this version, one process at a time. Raises StartError."""
@@ -213,72 +211,6 @@ class Database:
             self.page_check.stop()
         self.reader.close()
         self.engine.dispose()
-
-
-class Reader:
-    """Runs queries of a single statement that answer a request.
-
-    In a SQLite file such a query takes less than to hand it to another thread, so it runs on the
-    event loop, in a session that stays open; where it would have to wait for a lock it runs in a
-    thread like everything else. On a server it runs in one of a few threads, without a transaction.
-    """
-
-    def __init__(
-        self, sessions: sessionmaker[Session], lock: WriteLock | None, timeout: float
-    ) -> None:
-        self.sessions = sessions
-        self.lock = lock  # of a SQLite file
-        self.timeout = timeout
-        self.session: Session | None = None  # the event loop's
-        self.engine: Engine | None = None
-        self.threads = anyio.CapacityLimiter(READERS)
-
-    def connect(self, engine: Engine) -> None:
-        """Read by connections of its own; to connect may take a while."""
-        self.engine = engine
-        if self.lock is None:
-            self.sessions = sessionmaker(engine)
-        else:
-            self.session = Session(engine)
-            self.session.connection()
-
-    async def run(self, query: Callable[..., Result], *args: object) -> Result:
-        """What ``query`` returns of a session and ``args``.
-
-        Raises StorageUnavailableError where another file lies in the place of the one that is open,
-        or when no thread is free in time.
-        """
-        if self.session is not None and self.lock is not None:
-            self.lock.check_identity()
-            try:
-                return query(self.session, *args)
-            except OperationalError as error:
-                if error.orig is None or not is_busy(error.orig):
-                    raise
-        try:
-            with anyio.fail_after(self.timeout):  # of waiting for a thread: what runs is not ended
-                return await anyio.to_thread.run_sync(
-                    self.run_here, query, *args, limiter=self.threads
-                )
-        except TimeoutError:
-            raise StorageUnavailableError from None
-
-    def run_here(self, query: Callable[..., Result], *args: object) -> Result:
-        """A read may be repeated: its connection may have died since the last one."""
-        try:
-            with self.sessions() as session:
-                return query(session, *args)
-        except DBAPIError as error:
-            if not error.connection_invalidated:
-                raise
-        with self.sessions() as session:
-            return query(session, *args)
-
-    def close(self) -> None:
-        if self.session is not None:
-            self.session.close()
-        if self.engine is not None:
-            self.engine.dispose()
 
 
 def unreadable(error: DBAPIError) -> StartError:

@@ -164,7 +164,7 @@ def generate(
 @app.get("/history/{record_id}", response_model=Record, responses=responses(404, 503))
 async def get_record(record_id: RecordId, request: Request, owner: Owner) -> Response:
     """One record, as it was answered."""
-    return shaped(await reader_of(request).run(history.read, owner, record_id))
+    return shaped(await history.read(reader_of(request), owner, record_id))
 
 
 # Tried in this order, each route costing a little: what is asked most comes first.

@@ -88,7 +88,7 @@ def create_conversation(
 async def get_conversation(
     conversation_id: ConversationId, request: Request, owner: Owner
 ) -> Response:
-    return shaped(await reader_of(request).run(conversations.read, owner, conversation_id))
+    return shaped(await conversations.read(reader_of(request), owner, conversation_id))
 
 
 @router.put(

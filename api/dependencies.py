@@ -5,9 +5,10 @@ from typing import Annotated
 from fastapi import Depends, Header, Request, Response
 from sqlalchemy.orm import Session
 
-from database import Reader, get_db
+from database import get_db
 from errors import InvalidRequestError
 from models import LOCAL_OWNER
+from reader import Reader
 from services.generation import Answer, GenerationService
 from services.idempotency import Key
 from services.live import Live

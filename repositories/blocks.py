@@ -12,8 +12,8 @@ from sqlalchemy import bindparam, func, select
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from lookup import Lookup
 from models import HistoryQuery, RecordBlock
-from repositories.lookup import Lookup
 
 BITS = 12  # 4096 ids a block
 FIRST_BLOCKS = 8  # mostly hold a page; to read the other blocks' times would take longer

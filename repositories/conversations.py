@@ -7,9 +7,9 @@ from typing import Any
 from sqlalchemy import Select, bindparam, select, union, update
 from sqlalchemy.orm import Session
 
+from lookup import Lookup
 from models import Conversation, ConversationOut, ConversationQuery, GenerationRecord, Page, Status
 from repositories import search
-from repositories.lookup import Lookup
 from repositories.records import changed
 from repositories.removal import hand_over
 from words import MESSAGE_MARK, Term, mark, parse_search, record_marks, title_words
@@ -52,11 +52,8 @@ def get(session: Session, owner_id: str, conversation_id: int) -> Conversation |
     return session.scalar(ONE, {"conversation_id": conversation_id, "owner_id": owner_id})
 
 
-def shown(session: Session, owner_id: str, conversation_id: int) -> ConversationOut | None:
-    """One conversation as it is answered."""
-    row = SHOWN.row(session, conversation_id=conversation_id, owner_id=owner_id)
-    if row is None:
-        return None
+def as_answered(row: Sequence[Any]) -> ConversationOut:
+    """A conversation from a row of ``SHOWN``."""
     return ConversationOut.model_validate(dict(zip(ConversationOut.model_fields, row, strict=True)))
 
 

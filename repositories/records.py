@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.strategy_options import lazyload
 
+from lookup import Lookup
 from models import TERMINAL, FinishReason, GenerationRecord, Record, Status
 from repositories import blocks, search, usage
-from repositories.lookup import Lookup
 from words import record_words
 
 WORDS_OF = tuple(signature(record_words).parameters)  # the columns
@@ -244,12 +244,6 @@ def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord | N
     if record is not None and record.source_id is not None:
         session.refresh(record, ["source"])
     return record
-
-
-def shown(session: Session, owner_id: str, record_id: int) -> Record | None:
-    """One record as it is answered."""
-    row = SHOWN.row(session, record_id=record_id, owner_id=owner_id)
-    return None if row is None else as_answered(row)
 
 
 def as_answered(row: Sequence[Any]) -> Record:

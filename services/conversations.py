@@ -23,6 +23,7 @@ from models import (
     MessageUpdate,
     Page,
 )
+from reader import Reader
 from repositories import conversations, records, removal
 from services import history
 
@@ -71,12 +72,12 @@ def get(session: Session, owner_id: str, conversation_id: int) -> Conversation:
     return conversation
 
 
-def read(session: Session, owner_id: str, conversation_id: int) -> ConversationOut:
+async def read(reader: Reader, owner_id: str, conversation_id: int) -> ConversationOut:
     """A conversation as it is answered, in one statement. Raises NotFoundError."""
-    conversation = conversations.shown(session, owner_id, conversation_id)
-    if conversation is None:
+    row = await reader.row(conversations.SHOWN, owner_id=owner_id, conversation_id=conversation_id)
+    if row is None:
         raise conversation_not_found()
-    return conversation
+    return conversations.as_answered(row)
 
 
 def page(

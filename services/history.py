@@ -11,6 +11,7 @@ from engine.sampling import FinishReason
 from errors import ConflictError, NotFoundError
 from log import event
 from models import TERMINAL, GenerationRecord, HistoryQuery, Record
+from reader import Reader
 from repositories import lists, records, removal
 from services import search
 from services.live import LiveGenerations
@@ -28,12 +29,12 @@ def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord:
     return record
 
 
-def read(session: Session, owner_id: str, record_id: int) -> Record:
+async def read(reader: Reader, owner_id: str, record_id: int) -> Record:
     """A record as it is answered, in one statement. Raises NotFoundError, as ``get``."""
-    record = records.shown(session, owner_id, record_id)
-    if record is None:
+    row = await reader.row(records.SHOWN, owner_id=owner_id, record_id=record_id)
+    if row is None:
         raise NotFoundError
-    return record
+    return records.as_answered(row)
 
 
 def find(session: Session, owner_id: str | None, record_id: int) -> GenerationRecord:

@@ -21,7 +21,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
     opened = Database(database_url)
-    opened.migrate()
+    opened.open()
     yield opened
     opened.close()
 

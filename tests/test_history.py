@@ -1,5 +1,6 @@
 """What is kept is found again: filters, pages, deletion, on every database."""
 
+import asyncio
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -92,12 +93,13 @@ def test_each_filter_finds_its_own(session: Session) -> None:
     assert plain in ids(session, status=Status.COMPLETED, model_name="tiny-gpt2")
 
 
-def test_nobody_sees_what_another_owner_has(session: Session) -> None:
+def test_nobody_sees_what_another_owner_has(database: Database, session: Session) -> None:
     theirs = insert(session, owner="somebody else")
     assert ids(session) == []
-    for look in (history.get, history.read):
-        with pytest.raises(NotFoundError):
-            look(session, OWNER, theirs)
+    with pytest.raises(NotFoundError):
+        history.get(session, OWNER, theirs)
+    with pytest.raises(NotFoundError):
+        asyncio.run(history.read(database.reader, OWNER, theirs))
     session.rollback()
     with pytest.raises(NotFoundError):
         history.delete(session, OWNER, theirs)

@@ -8,22 +8,19 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from database import Database, transaction
+from lookup import Lookup
 from models import Conversation, GenerationRecord, Status
-from repositories import conversations, records
-from repositories.lookup import Lookup
+from repositories import conversations
 from tests.test_history import OWNER, insert
 
 
 @pytest.fixture
-def reading(database_url: str) -> Iterator[tuple[Session, Session]]:
+def reading(database: Database) -> Iterator[tuple[Session, Session]]:
     """A session, and one as single statements are read in."""
-    database = Database(database_url)
-    database.open()
     engine = database.reader.engine
     assert engine is not None
     with database.sessions() as session, sessionmaker(engine)() as reader:
         yield session, reader
-    database.close()
 
 
 def watched(session: Session) -> list[object]:
@@ -79,19 +76,6 @@ def test_what_is_asked_for_is_written_as_the_column_keeps_it(
     for source in (session, reader):
         assert lookup.row(source, key="0123456789abcdef" * 2, created=created) == [record]
         assert lookup.row(source, key="0" * 32, created=created) is None
-
-
-def test_each_lookup_sees_what_was_committed_before(reading: tuple[Session, Session]) -> None:
-    session, reader = reading
-    first = insert(session)
-    assert records.shown(reader, OWNER, first) is not None
-    second = insert(session)
-    shown = records.shown(reader, OWNER, second)
-    assert shown is not None
-    with transaction(session):
-        records.pin(session, OWNER, second, True, shown.created_at)
-    assert records.shown(reader, OWNER, second) == shown.model_copy(update={"pinned": True})
-    assert records.shown(reader, "somebody else", second) is None
 
 
 def test_what_goes_wrong_is_told_as_everywhere(reading: tuple[Session, Session]) -> None:

@@ -9,27 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import bindparam, func, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from async_postgres import AsyncPostgres
 from connections import READERS
-from database import Database
+from database import Database, transaction
 from errors import StorageUnavailableError
-from repositories import records
-from tests.test_history import OWNER, insert
+from lookup import Lookup
+from repositories import conversations, records
+from services import history
+from tests.test_history import NOON, OWNER, insert
 
 COUNT = text("SELECT count(*) FROM conversations")
 CHANGE = text("UPDATE conversations SET title = title")
 
+SLEEP = Lookup(select(func.pg_sleep(bindparam("seconds"))))
+
 on_servers = pytest.mark.parametrize("database_url", ["postgresql", "mysql"], indirect=True)
-
-
-@pytest.fixture
-def opened(database_url: str) -> Iterator[Database]:
-    database = Database(database_url)
-    database.open()
-    yield database
-    database.close()
+on_postgres = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 
 @pytest.fixture
@@ -44,53 +43,197 @@ def counted(session: Session) -> tuple[int, int]:
     return session.scalar(COUNT) or 0, threading.get_ident()
 
 
-def test_only_a_file_is_read_on_the_event_loop(opened: Database) -> None:
-    found, thread = asyncio.run(opened.reader.run(counted))
+def test_only_a_file_is_read_on_the_event_loop(database: Database) -> None:
+    found, thread = asyncio.run(database.reader.run(counted))
     assert found == 0
-    assert (thread == threading.get_ident()) == (opened.file is not None)
+    assert (thread == threading.get_ident()) == (database.file is not None)
+
+
+def test_a_read_finds_what_sqlalchemy_does(database: Database, session: Session) -> None:
+    record = insert(session, prompt="Köln 🐈", parameters={"stop": ["x"]}, pinned=True)
+    with transaction(session):
+        conversation = conversations.add(
+            session, OWNER, title="Köln 🐈", model_type="a", created_at=NOON, updated_at=NOON
+        )
+
+    async def read() -> tuple[list[object] | None, list[object] | None]:
+        named = {"owner_id": OWNER}
+        return (
+            await database.reader.row(records.SHOWN, record_id=record, **named),
+            await database.reader.row(
+                conversations.SHOWN, conversation_id=conversation.id, **named
+            ),
+        )
+
+    asked = {"owner_id": OWNER, "record_id": record, "conversation_id": conversation.id}
+    expected = [
+        list(session.execute(lookup.statement, asked).one())
+        for lookup in (records.SHOWN, conversations.SHOWN)
+    ]
+    assert list(asyncio.run(read())) == expected
+
+
+def test_each_read_sees_what_was_committed_before(database: Database, session: Session) -> None:
+    async def read_all() -> None:
+        for pinned in (False, True):
+            record = insert(session, pinned=pinned)
+            found = await history.read(database.reader, OWNER, record)
+            assert found.pinned == pinned
+            with transaction(session):
+                records.pin(session, OWNER, record, not pinned, NOON)
+            changed = {"pinned": not pinned, "updated_at": NOON}
+            assert await history.read(database.reader, OWNER, record) == found.model_copy(
+                update=changed
+            )
+
+    asyncio.run(read_all())
 
 
 @on_servers
-def test_a_read_outlives_the_connections_that_a_server_closed(opened: Database) -> None:
-    with opened.sessions() as session:
-        record = insert(session)
+def test_a_read_outlives_the_connections_that_a_server_closed(
+    database: Database, session: Session
+) -> None:
+    record = insert(session)
+    reader = database.reader
 
-    def read() -> object:
-        return asyncio.run(opened.reader.run(records.shown, OWNER, record))
+    async def read_all() -> None:
+        crowd = [history.read(reader, OWNER, record) for _ in range(2 * READERS)]
+        before = await asyncio.gather(*crowd)
+        end_connections(database)
+        crowd = [history.read(reader, OWNER, record) for _ in range(2 * READERS)]
+        assert await asyncio.gather(*crowd) == before
 
-    before = read()
-    postgresql = opened.engine.dialect.name == "postgresql"
+    asyncio.run(read_all())
+
+
+def end_connections(database: Database) -> None:
+    """All but the one that ends the others."""
+    postgresql = database.engine.dialect.name == "postgresql"
     others, kill = (
         ("pid FROM pg_stat_activity WHERE datname = current_database()", "pg_terminate_backend")
         if postgresql
         else ("id FROM information_schema.processlist WHERE db = DATABASE()", "KILL")
     )
-    with opened.engine.connect() as killer:
+    with database.engine.connect() as killer:
         own = killer.scalar(text(f"SELECT {'pg_backend_pid' if postgresql else 'CONNECTION_ID'}()"))
         for number in killer.scalars(text(f"SELECT {others}")).all():
             if number != own:
                 how = f"SELECT {kill}({number})" if postgresql else f"{kill} {number}"
                 killer.execute(text(how))
     time.sleep(0.1)  # MariaDB ends them a little later
-    assert before is not None
-    assert read() == before
 
 
 @on_servers
-def test_who_finds_no_thread_in_time_is_told(opened: Database) -> None:
-    opened.reader.timeout = 0.1
+def test_who_finds_no_thread_in_time_is_told(database: Database) -> None:
+    database.reader.timeout = 0.1
 
     def slow(_: Session) -> str:
         time.sleep(0.5)
         return "read"
 
     async def crowd() -> list[object]:
-        reads = [opened.reader.run(slow) for _ in range(READERS + 1)]
+        reads = [database.reader.run(slow) for _ in range(READERS + 1)]
         return await asyncio.gather(*reads, return_exceptions=True)
 
     *served, late = asyncio.run(crowd())
     assert served == ["read"] * READERS
     assert isinstance(late, StorageUnavailableError)
+
+
+async def asleep(database: Database, seconds: float) -> object:
+    return await database.reader.row(SLEEP, seconds=seconds)
+
+
+def waiting(database: Database, timeout: float) -> AsyncPostgres:
+    """Where a PostgreSQL is read on the event loop, with other time-outs."""
+    found = database.reader.postgres
+    assert found is not None
+    found.timeout = timeout
+    return found
+
+
+@on_postgres
+def test_the_event_loop_goes_on_while_a_server_thinks(database: Database) -> None:
+    async def count() -> int:
+        counted = 0
+        sleeper = asyncio.create_task(asleep(database, 0.3))
+        while not sleeper.done():
+            await asyncio.sleep(0.01)
+            counted += 1
+        return counted
+
+    threads = threading.active_count()
+    assert asyncio.run(count()) > 5
+    assert threading.active_count() == threads
+
+
+@on_postgres
+def test_who_finds_no_connection_in_time_is_told(database: Database) -> None:
+    waiting(database, 0.1)
+
+    async def crowd() -> list[object]:
+        reads = [asleep(database, 0.4) for _ in range(READERS + 1)]
+        return await asyncio.gather(*reads, return_exceptions=True)
+
+    *served, late = asyncio.run(crowd())
+    assert all(isinstance(row, list) for row in served)
+    assert isinstance(late, StorageUnavailableError)
+
+
+@on_postgres
+def test_a_read_that_takes_too_long_is_ended_and_harms_no_other(
+    database: Database, session: Session
+) -> None:
+    record = insert(session)
+    postgres = waiting(database, 0.05)
+
+    async def read() -> None:
+        with pytest.raises(DBAPIError):
+            await asleep(database, 5)
+        (connection,) = postgres.free
+        await history.read(database.reader, OWNER, record)
+        assert postgres.free == [connection]
+
+    asyncio.run(read())
+
+
+@on_postgres
+def test_a_server_that_falls_silent_is_given_up(database: Database, session: Session) -> None:
+    record = insert(session)
+    postgres = waiting(database, 0.05)
+
+    async def read() -> None:
+        await history.read(database.reader, OWNER, record)
+        (connection,) = postgres.free
+        await connection.execute("SET statement_timeout = 0")
+        with pytest.raises(StorageUnavailableError):
+            await asleep(database, 5)
+        assert connection.closed
+        await history.read(database.reader, OWNER, record)
+
+    began = time.monotonic()
+    asyncio.run(read())
+    assert time.monotonic() - began < 4
+
+
+@on_postgres
+def test_a_request_that_goes_away_takes_its_connection_along(
+    database: Database, session: Session
+) -> None:
+    record = insert(session)
+    postgres = waiting(database, 5)
+
+    async def read() -> None:
+        sleeper = asyncio.create_task(asleep(database, 1))
+        await asyncio.sleep(0.2)
+        sleeper.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sleeper
+        assert postgres.free == []
+        found = [history.read(database.reader, OWNER, record) for _ in range(2 * READERS)]
+        assert {one.id for one in await asyncio.gather(*found)} == {record}
+
+    asyncio.run(read())
 
 
 def test_what_would_wait_for_a_lock_waits_in_a_thread(in_file: Database) -> None:

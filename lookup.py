@@ -4,7 +4,7 @@ To run a statement takes SQLAlchemy three times as long as SQLite takes for the 
 compiles the statement once, and the driver runs it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Dialect, Select
@@ -12,12 +12,21 @@ from sqlalchemy.orm import Session
 
 
 class Prepared(NamedTuple):
-    """A statement for one kind of database; ``convert`` are the columns that are not kept as they
-    are shown."""
+    """A statement for one kind of database; ``converted`` are the columns that are not kept as
+    they are shown."""
 
     sql: str
     arguments: Callable[[dict[str, Any]], Any]
-    convert: list[tuple[int, Callable[[Any], Any]]]
+    converted: Sequence[tuple[int, Callable[[Any], Any]]]
+
+    def shown(self, found: Sequence[Any] | None) -> list[Any] | None:
+        """A row as SQLAlchemy would return it."""
+        if found is None:
+            return None
+        row = list(found)
+        for place, convert in self.converted:
+            row[place] = convert(row[place])
+        return row
 
 
 class Lookup:
@@ -27,27 +36,26 @@ class Lookup:
         self.statement = statement
         self.prepared: dict[str, Prepared] = {}
 
-    def row(self, session: Session, **given: object) -> list[Any] | None:
+    def row(self, session: Session, **given: Any) -> list[Any] | None:
         """The row that the statement finds, as SQLAlchemy would return it."""
         connection = session.connection()
         dialect = connection.dialect
-        prepared = self.prepared.get(dialect.name) or self.prepare(dialect)
+        prepared = self.prepared_for(dialect)
         cursor = connection.connection.cursor()
         try:
             cursor.execute(prepared.sql, prepared.arguments(given))
-            found = cursor.fetchone()
+            return prepared.shown(cursor.fetchone())
         except dialect.loaded_dbapi.Error:
             # Once more: SQLAlchemy tells of a lost connection or a damaged file as everywhere.
             found = session.execute(self.statement, given).first()
             return None if found is None else list(found)
         finally:
             cursor.close()
-        if found is None:
-            return None
-        row = list(found)
-        for column, converted in prepared.convert:
-            row[column] = converted(row[column])
-        return row
+
+    def prepared_for(self, dialect: Dialect) -> Prepared:
+        if dialect.name not in self.prepared:
+            self.prepared[dialect.name] = self.prepare(dialect)
+        return self.prepared[dialect.name]
 
     def prepare(self, dialect: Dialect) -> Prepared:
         compiled: Any = self.statement.compile(dialect=dialect)
@@ -64,14 +72,9 @@ class Lookup:
                 found[name] = process(found[name])
             return found if order is None else tuple([found[name] for name in order])
 
-        columns = enumerate(self.statement.selected_columns)
-        processors = [
-            (place, column.type.dialect_impl(dialect).result_processor(dialect, None))
-            for place, column in columns
+        converted = [
+            (place, process)
+            for place, column in enumerate(self.statement.selected_columns)
+            if (process := column.type.dialect_impl(dialect).result_processor(dialect, None))
         ]
-        prepared = self.prepared[dialect.name] = Prepared(
-            str(compiled),
-            arguments,
-            [(place, process) for place, process in processors if process is not None],
-        )
-        return prepared
+        return Prepared(str(compiled), arguments, converted)
