@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import bindparam, func, select, text
+from sqlalchemy import URL, bindparam, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -185,11 +185,11 @@ def test_a_read_that_takes_too_long_is_ended_and_harms_no_other(
     database: Database, session: Session
 ) -> None:
     record = insert(session)
-    postgres = waiting(database, 0.05)
+    postgres = waiting(database, 0.2)
 
     async def read() -> None:
         with pytest.raises(DBAPIError):
-            await asleep(database, 5)
+            await asleep(database, 10)
         (connection,) = postgres.free
         await history.read(database.reader, OWNER, record)
         assert postgres.free == [connection]
@@ -197,23 +197,70 @@ def test_a_read_that_takes_too_long_is_ended_and_harms_no_other(
     asyncio.run(read())
 
 
+class Hole:
+    """Between a client and a server, until it swallows what the server says after so many bytes."""
+
+    def __init__(self, url: URL) -> None:
+        self.server = url.host, url.port
+        self.left = 1 << 30
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> int:
+        self.listening = await asyncio.start_server(self.between, "127.0.0.1", 0)
+        port: int = self.listening.sockets[0].getsockname()[1]
+        return port
+
+    async def __aexit__(self, *_: object) -> None:
+        self.listening.close()
+        for writer in self.writers:
+            writer.close()
+
+    async def between(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_connection(*self.server)
+        self.writers += [writer, to_server]
+        await asyncio.gather(self.pass_on(reader, to_server), self.pass_back(from_server, writer))
+
+    async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while said := await reader.read(1 << 16):
+            writer.write(said)
+
+    async def pass_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while said := await reader.read(1 << 16):
+            if self.left > 0:
+                writer.write(said)
+            self.left -= len(said)
+
+
 @on_postgres
-def test_a_server_that_falls_silent_is_given_up(database: Database, session: Session) -> None:
+@pytest.mark.parametrize("said", [0, 1])
+def test_a_server_that_falls_silent_is_given_up(
+    database: Database, session: Session, said: int
+) -> None:
+    """In the middle of an answer, or after it let the client in."""
     record = insert(session)
-    postgres = waiting(database, 0.05)
 
     async def read() -> None:
-        await history.read(database.reader, OWNER, record)
-        (connection,) = postgres.free
-        await connection.execute("SET statement_timeout = 0")
-        with pytest.raises(StorageUnavailableError):
-            await asleep(database, 5)
-        assert connection.closed
-        await history.read(database.reader, OWNER, record)
+        hole = Hole(database.url)
+        async with hole as port:
+            url = database.url.set(host="127.0.0.1", port=port)
+            postgres = AsyncPostgres(url, 0.2)
 
-    began = time.monotonic()
+            async def ask() -> object:
+                return await postgres.row(records.SHOWN, {"owner_id": OWNER, "record_id": record})
+
+            if not said:
+                assert await ask()
+            hole.left = said  # the first that it says to who comes is that it lets him in
+            began = time.monotonic()
+            with pytest.raises(DBAPIError):
+                await ask()
+            assert 1 < time.monotonic() - began < 4
+            assert not postgres.free
+            hole.left = 1 << 30
+            assert await ask()
+            postgres.close()
+
     asyncio.run(read())
-    assert time.monotonic() - began < 4
 
 
 @on_postgres
