@@ -169,10 +169,10 @@ def test_the_event_loop_goes_on_while_a_server_thinks(database: Database) -> Non
 
 @on_postgres
 def test_who_finds_no_connection_in_time_is_told(database: Database) -> None:
-    waiting(database, 0.1)
+    waiting(database, 0.3)
 
     async def crowd() -> list[object]:
-        reads = [asleep(database, 0.4) for _ in range(READERS + 1)]
+        reads = [asleep(database, 0.8) for _ in range(READERS + 1)]
         return await asyncio.gather(*reads, return_exceptions=True)
 
     *served, late = asyncio.run(crowd())
@@ -185,7 +185,7 @@ def test_a_read_that_takes_too_long_is_ended_and_harms_no_other(
     database: Database, session: Session
 ) -> None:
     record = insert(session)
-    postgres = waiting(database, 0.2)
+    postgres = waiting(database, 0.4)
 
     async def read() -> None:
         with pytest.raises(DBAPIError):
@@ -254,7 +254,7 @@ def test_a_server_that_falls_silent_is_given_up(
             began = time.monotonic()
             with pytest.raises(DBAPIError):
                 await ask()
-            assert 1 < time.monotonic() - began < 4
+            assert 1 < time.monotonic() - began < 10  # psycopg by itself: 11.4
             assert not postgres.free
             hole.left = 1 << 30
             assert await ask()
