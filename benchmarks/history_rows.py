@@ -6,7 +6,7 @@ known from how the texts are made. Everything is drawn from one seed.
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from column_types import USUAL
 from database import Database, transaction
 from models import LOCAL_OWNER, GenerationRecord, Status, Usage
 from repositories import blocks, search, space, transfer, usage
+from repositories.bulk import BulkInsert, insertion_sql, run
 from words import record_marks
 
 END = datetime(2026, 1, 1, tzinfo=UTC)
@@ -76,6 +77,7 @@ def rows(count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
             "created_at": created,
             "updated_at": created,
             "attempts": 1,
+            "pinned": False,
             "cache_key": f"{draw.getrandbits(128):032x}",
         }
 
@@ -101,10 +103,12 @@ def fill(database: Database, count: int) -> None:
     if database.file is not None:
         hurry(database)
     with database.sessions() as session:
+        aside = indexes_aside(session)
         while first := next(made, None):
+            filling = Filling(database, first[0])
             with transaction(session):
                 for batch in itertools.chain([first], itertools.islice(made, TOGETHER // BATCH)):
-                    put_rows(session, batch)
+                    filling.put(session, batch)
                     for row in batch:
                         if row["created_at"].date() != today:  # the sums of a day are final
                             put_sums(session, sums)
@@ -112,6 +116,7 @@ def fill(database: Database, count: int) -> None:
                         add_up(sums, row)
         with transaction(session):
             put_sums(session, sums)
+        build(session, aside)
         settle(session, count)
     database.engine.dispose()  # and so the hurry ends
 
@@ -130,10 +135,49 @@ def hurry(database: Database) -> None:
             driver.execute(f"PRAGMA {pragma}")
 
 
-def put_rows(session: Session, batch: Sequence[dict[str, Any]]) -> None:
-    session.connection().execute(insert(transfer.table_of(GenerationRecord)), batch)
-    blocks.note(session, [(row["id"], row["created_at"]) for row in batch])
-    search.put(session, search.RECORDS, [(row["id"], words_of(row)) for row in batch])
+def indexes_aside(session: Session) -> list[str]:
+    """PostgreSQL: drop the indexes until the rows are there, for random places in them would be
+    written over and over once they do not fit into memory. What makes them again; SQLite: none."""
+    if session.get_bind().dialect.name == "sqlite":
+        return []
+    found = session.execute(
+        text(
+            "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'"
+            " AND indexname NOT IN (SELECT conname FROM pg_constraint)"
+        )
+    ).all()
+    session.rollback()
+    with transaction(session):
+        for name, _ in found:
+            session.execute(text(f'DROP INDEX "{name}"'))
+    return [definition for _, definition in found]
+
+
+def build(session: Session, indexes: Sequence[str]) -> None:
+    for definition in indexes:
+        with transaction(session):
+            session.execute(text("SET LOCAL maintenance_work_mem = '2GB'"))
+            session.execute(text("SET LOCAL statement_timeout = 0"))
+            session.connection().exec_driver_sql(definition)
+
+
+class Filling:
+    """Puts rows into the table and the search index."""
+
+    def __init__(self, database: Database, names: Collection[str]) -> None:
+        drivername = database.url.drivername
+        kind = drivername.partition("+")[0]
+        self.kind = kind
+        self.rows = BulkInsert(transfer.table_of(GenerationRecord), names, drivername)
+        index = search.RECORDS
+        columns = [search.key_name(index, kind), "words"]
+        self.index_sql = insertion_sql(search.insertion(index, kind), drivername, columns)
+
+    def put(self, session: Session, batch: Sequence[dict[str, Any]]) -> None:
+        run(session, self.rows.sql, [self.rows.bind(row) for row in batch])
+        words = [(row["id"], search.stored(words_of(row), self.kind)) for row in batch]
+        run(session, self.index_sql, words)
+        blocks.note(session, [(row["id"], row["created_at"]) for row in batch])
 
 
 def add_up(sums: dict[usage.Key, usage.Sums], row: dict[str, Any]) -> None:
