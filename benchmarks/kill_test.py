@@ -26,6 +26,7 @@ import httpx
 from benchmarks.promises import report
 from tests.service import Server
 
+FIRST_ANSWER_SECONDS = 60.0
 PATIENCE_SECONDS = 5.0  # from the restart until no record may be in progress
 
 
@@ -92,6 +93,12 @@ def check_over_http(url: str, answers: Answers, sample: random.Random) -> int:
     return sum(found[id].get("generated_text") != answers.texts[id] for id in chosen)
 
 
+def wait_for_an_answer(answers: Answers) -> None:
+    deadline = time.monotonic() + FIRST_ANSWER_SECONDS
+    while not answers.texts and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def torture(kills: int, clients: int, seed: int, folder: Path) -> Counter[str]:
     chance = random.Random(seed)
     file, log = folder / "records.db", folder / "log"
@@ -113,6 +120,8 @@ def torture(kills: int, clients: int, seed: int, folder: Path) -> Counter[str]:
             for thread in threads:
                 thread.start()
             time.sleep(chance.uniform(0.05, 2.0))
+            if kill == 0:
+                wait_for_an_answer(answers)  # new clients take a while to begin
             server.kill()
             stopping.set()
             for thread in threads:

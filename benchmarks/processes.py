@@ -113,11 +113,15 @@ def compare(url: str, texts: dict[int, str | None]) -> Counter[str]:
     return counts
 
 
+def is_ready(server: Server) -> bool:
+    return httpx.get(f"{server.url}/health/ready", timeout=60).status_code == 200
+
+
 def wait_until_all_ready(server: Server) -> None:
     server.wait_until_ready()
     answers, deadline = 0, time.monotonic() + 120
     while answers < READY_ANSWERS:
-        answers = answers + 1 if httpx.get(f"{server.url}/health/ready").status_code == 200 else 0
+        answers = answers + 1 if is_ready(server) else 0
         if time.monotonic() > deadline:
             raise TimeoutError("not every worker became ready")
 

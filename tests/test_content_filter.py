@@ -3,7 +3,7 @@
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from errors import ContentRefusedError
@@ -108,7 +108,7 @@ def disguised(word: str, disguise: list[tuple[bool, str]]) -> str:
     return "".join((c.upper() if upper else c) + hidden for c, (upper, hidden) in parts)
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(WORDS), disguises, prose, prose)
 def test_a_word_between_spaces_is_refused_whatever_its_disguise(
     word: str, disguise: list[tuple[bool, str]], before: str, after: str
@@ -116,7 +116,7 @@ def test_a_word_between_spaces_is_refused_whatever_its_disguise(
     assert refuses(f"{before} {disguised(word, disguise)} {after}")
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(WORDS), disguises, letters, letters)
 def test_a_word_inside_another_passes(
     word: str, disguise: list[tuple[bool, str]], before: str, after: str

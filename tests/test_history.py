@@ -151,7 +151,9 @@ def pages(session: Session, limit: int) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     count=st.integers(0, 12),

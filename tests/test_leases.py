@@ -183,7 +183,7 @@ def test_a_server_closes_what_its_predecessor_left(tmp_path: Path) -> None:
         server = Server({"DATABASE_URL": url}, tmp_path / "log")
         try:
             server.wait_until_alive()
-            living = httpx.get(f"{server.url}/history/{holder.record}").json()
+            living = httpx.get(f"{server.url}/history/{holder.record}", timeout=60).json()
             assert living["status"] == "in_progress"
             holder.kill()
             deadline = time.monotonic() + 30

@@ -125,10 +125,10 @@ def end_connections(database: Database) -> None:
 
 @on_servers
 def test_who_finds_no_thread_in_time_is_told(database: Database) -> None:
-    database.reader.timeout = 0.1
+    database.reader.timeout = 0.3
 
     def slow(_: Session) -> str:
-        time.sleep(0.5)
+        time.sleep(1)
         return "read"
 
     async def crowd() -> list[object]:
@@ -156,7 +156,7 @@ def waiting(database: Database, timeout: float) -> AsyncPostgres:
 def test_the_event_loop_goes_on_while_a_server_thinks(database: Database) -> None:
     async def count() -> int:
         counted = 0
-        sleeper = asyncio.create_task(asleep(database, 0.3))
+        sleeper = asyncio.create_task(asleep(database, 1))
         while not sleeper.done():
             await asyncio.sleep(0.01)
             counted += 1
