@@ -20,7 +20,7 @@ DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"}
 MYSQL = ("mysql", "mariadb")
 SQLITE_POOL = 32
 SERVER_POOL = 16  # a server's connections are few: PostgreSQL has 100 for all its clients
-READERS = 4  # beside those: in a thread each, and more threads would only wait for one another
+READERS = 4  # beside those, for single records: more would only wait for one another
 STATEMENT_FACTOR = 6
 LONGEST_CONNECT = 30.0
 
