@@ -5,7 +5,6 @@ Rows, attention and keys and values are those of ragged.py. Knows no sampling, n
 
 import logging
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
 from engine.kv_cache import Shape
-from engine.linear import Linear, cancelling
+from engine.linear import Linear
 from engine.ragged import Layout, Limits, RaggedRunner, Rule
 from engine.scheduler import Plan
 
@@ -62,8 +61,8 @@ class GPT2Runner(RaggedRunner):
         width = config.n_embd // config.n_head
         self.rule = Rule(1 / math.sqrt(width))
         shape = Shape(config.n_layer, config.n_head, width, self.token_table.dtype, model.device)
-        layers = [partial(cancelling, product) for product in self.blocks[0].products]
-        super().__init__(shape, 1, layers, partial(cancelling, self.head), limits)
+        products = [product for block in self.blocks for product in block.products]
+        super().__init__(shape, 1, products, self.head, limits)
         if not self.reproducible:
             log.warning("matrix products here depend on the batch: runs may not repeat exactly")
 

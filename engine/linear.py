@@ -2,8 +2,9 @@
 
 Where oneDNN can, weights are packed once into the layout that its kernels want (2 to 5 times
 faster than ``F.linear`` on this project's shapes); elsewhere it is ``F.linear``. Either kernel may
-round differently for some row counts. ``RowCounts`` names the counts that a step is padded to, and
-``agreeing_counts`` measures which of them give every row the same bits.
+sum in another order, and so round otherwise, for another number of rows. ``counts_that_agree``
+measures which numbers give every row the same bits: with those alone a ``Linear`` is called, and
+``RowCounts`` pads a step to them.
 """
 
 from bisect import bisect_left
@@ -43,7 +44,10 @@ class Linear:
     """``x @ weight.T + bias``, then GELU (tanh form) or an added residual where asked.
 
     ``weight`` is [out, in]. ``x`` is [rows, in] and contiguous; rows come back as [rows, out].
+    More than ``most`` rows are several calls of the kernel, all but the last with ``most``.
     """
+
+    most: int | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
@@ -53,6 +57,11 @@ class Linear:
         self.gelu = gelu
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.most is None or len(x) <= self.most:
+            return self._call(x)
+        return torch.cat([self._call(rows) for rows in torch.split(x, self.most)])
+
+    def _call(self, x: Tensor) -> Tensor:
         if self.packed:
             return packed_linear(x, self.weight, self.bias, "gelu" if self.gelu else "none")
         y = F.linear(x, self.weight, self.bias)
@@ -69,7 +78,7 @@ class Linear:
 
 
 class RowCounts:
-    """The row counts that kernels are called with; a step of other size is padded up."""
+    """The row counts of steps; a step of other size is padded up to the next."""
 
     def __init__(self, counts: Iterable[int]) -> None:
         self.counts = sorted(counts)
@@ -84,6 +93,12 @@ def candidate_counts(most: int) -> list[int]:
     while counts[-1] < most:
         counts.append(counts[-1] + (1 << max(0, counts[-1].bit_length() - 4)))
     return counts
+
+
+def counts_of_calls(calls: list[int], most: int) -> list[int]:
+    """The row counts up to one that holds ``most`` that come to one of ``calls``, or to some times
+    the largest and one of them (see ``Linear.most``)."""
+    return [full + call for full in range(0, most, calls[-1]) for call in calls]
 
 
 def cancelling(layer: Linear, rows: int) -> tuple[Linear, Tensor]:
@@ -109,28 +124,23 @@ def cancelling(layer: Linear, rows: int) -> tuple[Linear, Tensor]:
 
 
 def agreeing_counts(
-    product: Callable[[Tensor], Tensor], sample: Tensor, counts: list[int]
+    product: Callable[[Tensor], Tensor], sample: Tensor, counts: Iterable[int]
 ) -> list[int]:
-    """Those of ``counts`` for which each row of ``product`` has the bits it has in the largest.
-
-    ``sample`` is [largest count, in]. Rows are also tried at other places in the batch.
-    """
+    """Those of ``counts`` for which each row of ``product`` has the bits that it has in
+    ``sample``, at any place."""
     reference = product(sample)
 
     def agrees(count: int) -> bool:
-        ends = (sample[:count], reference[:count]), (sample[-count:], reference[-count:])
-        return all(torch.equal(product(x.contiguous()), expected) for x, expected in ends)
+        places = torch.arange(count, device=sample.device)
+        turns = (places % len(sample), (places + len(sample) // 2) % len(sample))
+        return all(torch.equal(product(sample[turn]), reference[turn]) for turn in turns)
 
     return [count for count in counts if agrees(count)]
 
 
-def counts_that_agree(trials: Iterable[Trial], most: int) -> list[int]:
-    """Row counts at which every trial gives each row the same bits, the last of which holds
-    ``most``; none where there are no such."""
-    counts = candidate_counts(most)
+def counts_that_agree(trials: Iterable[Trial], usual: int, counts: Iterable[int]) -> list[int]:
+    """Those of ``counts`` at which every trial gives each row the bits it has among ``usual``."""
     for trial in trials:
-        product, sample = trial(counts[-1])
+        product, sample = trial(usual)
         counts = agreeing_counts(product, sample, counts)
-        if not counts or counts[-1] < most:
-            return []
-    return counts
+    return [*counts]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from engine.generic_runner import GenericRunner, close
-from engine.linear import cancelling
 from engine.prefix_store import PrefixStore
 from engine.ragged import Limits, RaggedRunner
 from engine.row_model import RowModel, Survey, UnsuitedError, pack
@@ -42,18 +41,17 @@ class PackedRunner(RaggedRunner):
         self.row_model, self.context_size = RowModel(model), limits.context_size
         products = {module: pack(module) for module in survey.products}
         head = products.pop(survey.head)
-        kinds = {(p.out_features, p.in_features, p.bias is None): p for p in products.values()}
-        layers = [partial(cancelling, product) for product in kinds.values()]
         super().__init__(
             survey.shape,
             survey.groups,
-            [*layers, self._between_layers],
-            partial(cancelling, head),
+            [*products.values()],
+            head,
             replace(
                 limits,
                 max_running=max(REHEARSED, limits.max_running),
                 prefill_tokens=max(2 * CHUNK, limits.prefill_tokens),
             ),
+            [self._between_layers],
         )
         self._rehearse(plans(), expected)
         self.prefixes = PrefixStore(limits.prefix_bytes)  # without what was rehearsed

@@ -10,12 +10,21 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.kv_cache import Arena, KVCache, Shape
-from engine.linear import RowCounts, Trial, candidate_counts, counts_that_agree
+from engine.linear import (
+    Linear,
+    RowCounts,
+    Trial,
+    cancelling,
+    candidate_counts,
+    counts_of_calls,
+    counts_that_agree,
+)
 from engine.prefix_store import PrefixStore
 from engine.scheduler import CHUNK, Chunk, Plan
 from engine.sequence import Sequence, Status
@@ -103,12 +112,18 @@ class Layout:
 class RaggedRunner:
     """A runner but for ``forward``, which differs by kind.
 
-    ``groups`` query heads share each of the heads of ``shape``. ``layers`` try what all rows of a
-    step go through, ``head`` tries what makes logits of the sampled rows.
+    ``groups`` query heads share each of the heads of ``shape``. All rows of a step go through
+    ``products``, and through what ``between`` tries; the sampled ones through ``head``.
     """
 
     def __init__(
-        self, shape: Shape, groups: int, layers: Rows[Trial], head: Trial, limits: Limits
+        self,
+        shape: Shape,
+        groups: int,
+        products: Rows[Linear],
+        head: Linear,
+        limits: Limits,
+        between: Rows[Trial] = (),
     ) -> None:
         self.shape, self.groups = shape, groups
         self.cache = KVCache(shape, limits.context_size)
@@ -116,16 +131,27 @@ class RaggedRunner:
         self.prefixes = PrefixStore(limits.prefix_bytes)
         self.reused: dict[Sequence, list[Tensor]] = {}  # found, and not yet in a stage
         self.reused_tokens = 0
-        self._choose_row_counts(layers, head, limits)
-
-    def _choose_row_counts(self, layers: Rows[Trial], head: Trial, limits: Limits) -> None:
-        """Pad steps to row counts that do not change a row's bits, as measured here and now."""
+        steps = self._choose_step_counts(products, between, limits)
+        heads = agreeing_calls([head], limits.max_running, limits.max_running)
+        self.reproducible = bool(steps and heads)
         most = limits.max_running + limits.prefill_tokens
-        rows = counts_that_agree(layers, most)
-        heads = counts_that_agree([head], limits.max_running)
-        self.reproducible = bool(rows and heads)
-        self.rows = RowCounts(rows or candidate_counts(most))
+        self.rows = RowCounts(steps or candidate_counts(most))
         self.head_rows = RowCounts(heads or candidate_counts(limits.max_running))
+
+    def _choose_step_counts(
+        self, products: Rows[Linear], between: Rows[Trial], limits: Limits
+    ) -> list[int]:
+        """Row counts of steps that do not change a row's bits, as measured here and now; none
+        where there are not enough."""
+        most = limits.max_running + limits.prefill_tokens
+        usual = max(limits.max_running, min(CHUNK, limits.prefill_tokens))
+        calls = agreeing_calls(products, usual, most)
+        if not calls:
+            return []
+        for product in products:
+            product.most = calls[-1]
+        counts = counts_that_agree(between, calls[-1], counts_of_calls(calls, most))
+        return counts if counts and counts[-1] >= most else []
 
     @property
     def used(self) -> int:
@@ -281,6 +307,15 @@ class RaggedRunner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.shape.device)
+
+
+def agreeing_calls(products: Rows[Linear], usual: int, most: int) -> list[int]:
+    """Row counts up to ``most`` at which each of ``products`` gives a row the bits that it has
+    among ``usual`` rows or a few more."""
+    counts = candidate_counts(most)
+    kinds = {(p.out_features, p.in_features, p.bias is None, p.gelu): p for p in products}
+    trials = [partial(cancelling, product) for product in kinds.values()]
+    return counts_that_agree(trials, RowCounts(counts).pad(usual), counts)
 
 
 def weigh(rule: Rule, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from engine.gpt2_runner import GPT2Runner
 from engine.loading import LoadedModel
+from engine.ragged import Limits
 from engine.sampling import SamplingParams
 from engine.scheduler import CHUNK, Chunk, Plan
 from engine.sequence import Sequence, Status
@@ -55,6 +56,16 @@ def test_a_sequences_bits_do_not_depend_on_what_else_a_step_computes(
     assert alone.reproducible
     for others in (1, 6, 31):
         assert_same_bits_beside_others(alone, busy, others, tokens=66)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_step_is_not_padded_to_a_large_one(dtype: torch.dtype) -> None:
+    # Matrix units sum in another order for many rows than for few, at this size of a product.
+    model = random_gpt2(n_layer=1, n_embd=768, n_head=12).to(dtype)
+    runner = GPT2Runner(model, Limits(128, max_running=64, prefill_tokens=256, prefix_bytes=0))
+    assert runner.reproducible
+    assert runner.rows.pad(1) <= CHUNK
+    assert runner.rows.pad(150) < 2 * 150
 
 
 @torch.inference_mode()

@@ -2,7 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.linear import Linear, RowCounts, agreeing_counts, cancelling, candidate_counts
+from engine.linear import (
+    Linear,
+    RowCounts,
+    agreeing_counts,
+    cancelling,
+    candidate_counts,
+    counts_of_calls,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,19 +49,40 @@ def test_candidate_counts_reach_the_largest_step() -> None:
         assert all(RowCounts(counts).pad(rows) >= rows for rows in range(1, most + 1))
 
 
+def test_steps_are_made_of_calls_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = set()
+
+    def product(x: torch.Tensor, *_: object) -> torch.Tensor:
+        called.add(len(x))
+        return 2 * x
+
+    monkeypatch.setattr("engine.linear.packed_linear", product)
+    calls, most = [40, 44, 160], 321
+    layer = Linear(torch.eye(3), None)
+    layer.packed, layer.most = True, calls[-1]
+    called.clear()
+    counts = counts_of_calls(calls, most)
+    assert counts[0] == 40
+    assert counts[-1] >= most
+    for count in counts:
+        x = torch.randn(count, 3)
+        assert torch.equal(layer(x), 2 * x)
+    assert called == set(calls)
+
+
 def test_counts_whose_rows_come_out_otherwise_are_not_used() -> None:
     def product(x: torch.Tensor) -> torch.Tensor:
-        return x * (1 + 1e-6 * (x.shape[0] in {1, 3}))
+        return x * (1 + 1e-6 * (x.shape[0] in {1, 3, 9}))
 
-    sample = torch.randn(8, 4)
-    assert agreeing_counts(product, sample, [1, 2, 3, 4, 8]) == [2, 4, 8]
+    sample = torch.randn(4, 4)
+    assert agreeing_counts(product, sample, [1, 2, 3, 4, 8, 9, 10]) == [2, 4, 8, 10]
 
 
 def test_products_that_depend_on_a_rows_place_are_not_used() -> None:
     def product(x: torch.Tensor) -> torch.Tensor:
         return x + 1e-6 * torch.arange(len(x))[:, None]
 
-    assert agreeing_counts(product, torch.zeros(8, 4), [2, 4]) == []
+    assert agreeing_counts(product, torch.zeros(4, 4), [2, 4, 8]) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
