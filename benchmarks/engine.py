@@ -27,10 +27,9 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.pipelines import pipeline
 
 from engine.engine import Engine, StepOutput
-from engine.gpt2_runner import GPT2Runner
+from engine.gpt2_runner import Block, GPT2Runner
 from engine.linear import Linear
 from engine.loading import LoadedModel
-from engine.ragged import Limits
 from engine.row_model import product_of
 from engine.sampling import SamplingDefaults, SamplingParams
 
@@ -153,8 +152,11 @@ def run_engine(engine: Engine, clients: int, new: int) -> EngineLine:
 
 def products_of(model: Any) -> list[Linear]:
     if GPT2Runner.takes(model):
-        runner = GPT2Runner(model, Limits(64, max_running=1, prefill_tokens=1, prefix_bytes=0))
-        return [*(product for block in runner.blocks for product in block.products), runner.head]
+        blocks = [Block(block) for block in model.transformer.h]
+        return [
+            *(p for block in blocks for p in block.products),
+            Linear(model.lm_head.weight, None),
+        ]
     return [product_of(module) for module in model.modules() if type(module) is torch.nn.Linear]
 
 
