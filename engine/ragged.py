@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kv_cache import Arena, KVCache, Shape
@@ -131,6 +132,7 @@ class RaggedRunner:
         self.prefixes = PrefixStore(limits.prefix_bytes)
         self.reused: dict[Sequence, list[Tensor]] = {}  # found, and not yet in a stage
         self.reused_tokens = 0
+        self.fuses = can_fuse(shape)
         steps = self._choose_step_counts(products, between, limits)
         heads = agreeing_calls([head], limits.max_running, limits.max_running)
         self.reproducible = bool(steps and heads)
@@ -202,7 +204,8 @@ class RaggedRunner:
         given = [asked, keys, values, mask]
         if size == 1:  # a batch of one matrix gets another kernel, and with it other last bits
             given = [one.expand(2, -1, -1) for one in given]
-        return weigh(rule, *given)[:size].view_as(queries)
+        weighs = weigh_fused if self.fuses and rule.softcap is None else weigh
+        return weighs(rule, *given)[:size].view_as(queries)
 
     def _prefill(
         self, piece: PrefillPiece, layer: int, rule: Rule, queries: Tensor, both: Tensor
@@ -318,10 +321,23 @@ def agreeing_calls(products: Rows[Linear], usual: int, most: int) -> list[int]:
     return counts_that_agree(trials, RowCounts(counts).pad(usual), counts)
 
 
+def can_fuse(shape: Shape) -> bool:
+    """Whether decoding attends faster in one kernel: a third with matrix units, while without
+    them its bfloat16 is seven times slower, and in float32 its bits depended on the batch there."""
+    on_processor = shape.device.type == "cpu" and shape.dtype is torch.bfloat16
+    return on_processor and torch.cpu._is_amx_tile_supported()
+
+
+def weigh_fused(rule: Rule, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """What ``weigh`` computes, but for softcaps."""
+    out = F.scaled_dot_product_attention(
+        queries[None], keys[None], values[None], mask[None], scale=rule.scale
+    )
+    return out[0]
+
+
 def weigh(rule: Rule, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Attention of [batch, queries, width] to [batch, length, width]."""
-    # bmm, not scaled_dot_product_attention: that one's bits depend on the batch in float32
-    # and its bfloat16 decode kernel is seven times slower here.
     if rule.softcap is None:
         scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=rule.scale)
     else:
