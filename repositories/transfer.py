@@ -30,15 +30,25 @@ def count_records(session: Session) -> int:
     return session.scalar(select(func.count()).select_from(GenerationRecord)) or 0
 
 
-def records_between(
+def nth_record(
     session: Session,
     owner_id: str | None,
     query: HistoryQuery,
     after: int,
     through: int,
-    count: int,
+    number: int,
+) -> int | None:
+    """The id of the record of that number among those with ``after`` < id <= ``through``."""
+    statement = wanted_records(select(GenerationRecord.id), owner_id, query)
+    statement = statement.where(GenerationRecord.id > after, GenerationRecord.id <= through)
+    found = statement.order_by(GenerationRecord.id).offset(number - 1).limit(1)
+    return session.scalars(found).one_or_none()
+
+
+def records_between(
+    session: Session, owner_id: str | None, query: HistoryQuery, after: int, through: int
 ) -> list[Values]:
-    """The first ``count`` records with ``after`` < id <= ``through``, by id.
+    """The records with ``after`` < id <= ``through``, by id.
 
     An answer from the cache comes with the text that it shows.
     """
@@ -48,7 +58,7 @@ def records_between(
     statement = wanted_records(select(*columns, *texts), owner_id, query)
     statement = statement.outerjoin(source.id.table, source.id == own.source_id)
     statement = statement.where(GenerationRecord.id > after, GenerationRecord.id <= through)
-    return all_values(session, statement.order_by(GenerationRecord.id).limit(count))
+    return all_values(session, statement.order_by(GenerationRecord.id))
 
 
 def conversations_after(

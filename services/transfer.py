@@ -4,10 +4,12 @@ Conversations come first, then records, each by id, so that a line never needs a
 in small batches and holds nothing in between: a service may run beside it.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,12 +17,15 @@ from database import Database
 from errors import CommandError
 from models import Conversation, HistoryQuery
 from repositories import transfer
+from services.helper import Helper
 from services.lines import BrokenLineError, conversation_line, parse, record_line
 
 BATCH_ROWS = 1000
+ALONE_BATCHES = 10  # a second process would hardly have started before so much is written
 TAIL_BYTES = 1 << 16
 
 Progress = Callable[[int, int], None]  # how far it has come, of how much
+IdBatch = tuple[int, int]  # the id before a batch, and its last
 
 
 @dataclass(frozen=True)
@@ -131,15 +136,62 @@ def export_lines(
     if record is None:
         yield from conversation_lines(database, owner_id, query, place.conversation)
         record = 0
-    while True:
+    yield from record_lines(database, owner_id, query, record, through, progress)
+    progress(through, through)
+
+
+def record_lines(
+    database: Database,
+    owner_id: str | None,
+    query: HistoryQuery,
+    after: int,
+    through: int,
+    progress: Progress,
+) -> Iterator[bytes]:
+    """In turns with a second process, which makes every other batch of a long export."""
+    lines = partial(lines_between, database, owner_id, query)
+    batches = id_batches(database, owner_id, query, after, through)
+    helper: Helper | None = None
+    with contextlib.ExitStack() as until_the_end:
+        for number, mine in enumerate(batches):
+            if number == ALONE_BATCHES:
+                url = database.url.render_as_string(hide_password=False)
+                helping = Helper(exporting, url, database.timeout, owner_id, query)
+                helper = until_the_end.enter_context(helping)
+            theirs = next(batches, None) if helper else None
+            if helper and theirs:
+                helper.ask(theirs)
+            yield lines(mine)
+            progress(mine[1], through)
+            if helper and theirs:
+                found: bytes | None = helper.answer()
+                yield lines(theirs) if found is None else found
+                progress(theirs[1], through)
+
+
+def exporting(
+    url: str, timeout: float, owner_id: str | None, query: HistoryQuery
+) -> Callable[[IdBatch], bytes]:
+    return partial(lines_between, Database(url, timeout), owner_id, query)
+
+
+def lines_between(
+    database: Database, owner_id: str | None, query: HistoryQuery, batch: IdBatch
+) -> bytes:
+    with database.sessions() as session:
+        rows = transfer.records_between(session, owner_id, query, *batch)
+    return b"".join(map(record_line, rows))
+
+
+def id_batches(
+    database: Database, owner_id: str | None, query: HistoryQuery, after: int, through: int
+) -> Iterator[IdBatch]:
+    """All ids after the one and to the other, cut where a batch is full."""
+    while after < through:
         with database.sessions() as session:
-            rows = transfer.records_between(session, owner_id, query, record, through, BATCH_ROWS)
-        if not rows:
-            progress(through, through)
-            return
-        yield b"".join(map(record_line, rows))
-        record = rows[-1]["id"]
-        progress(record, through)
+            last = transfer.nth_record(session, owner_id, query, after, through, BATCH_ROWS)
+        yield after, last or through
+        after = last or through
 
 
 def conversation_lines(

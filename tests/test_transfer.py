@@ -20,6 +20,7 @@ from models import Base, Conversation, GenerationRecord, HistoryQuery, Status
 from repositories import conversations, records, removal
 from repositories.transfer import LEFT
 from services import arriving, importing, transfer
+from services.helper import Helper
 from services.leases import LeaseKeeper
 from services.lines import NO_ROW, conversation_line, record_line
 from tests.databases import KINDS, prepared_database
@@ -382,6 +383,44 @@ def test_an_answer_whose_source_stayed_behind_has_its_own_text(database: Databas
     )
 
 
+def mortal(answers: int) -> tuple[type[Helper], list[bool]]:
+    """A helper that is ready at once and is killed after some answers; and which it gave."""
+    helped: list[bool] = []
+
+    class Mortal(Helper):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            assert self.pipe.poll(60)
+
+        def ask(self, question: Any) -> None:
+            if len(helped) == answers:
+                self.process.kill()
+                self.process.join()
+            super().ask(question)
+
+        def answer(self) -> Any:
+            rows = super().answer()
+            helped.append(rows is not None)
+            return rows
+
+    return Mortal, helped
+
+
+def test_a_second_process_exports_the_same_and_is_not_missed(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(database)
+    whole, of_owner = exported(database), exported(database, OWNER)
+    helper, helped = mortal(2)
+    monkeypatch.setattr(transfer, "Helper", helper)
+    monkeypatch.setattr(transfer, "ALONE_BATCHES", 0)
+    monkeypatch.setattr(transfer, "BATCH_ROWS", 1)
+    assert exported(database) == whole
+    assert helped == [True, True]
+    assert exported(database, OWNER) == of_owner
+    assert not all(helped)
+
+
 def test_a_second_process_prepares_the_same_and_is_not_missed(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,25 +432,8 @@ def test_a_second_process_prepares_the_same_and_is_not_missed(
         session.execute(text("DELETE FROM generation_records WHERE source_id IS NOT NULL"))
         session.execute(text("DELETE FROM generation_records"))
         session.execute(text("DELETE FROM conversations"))
-    helped: list[bool] = []
-
-    class Mortal(arriving.Helper):
-        def __init__(self, drivername: str) -> None:
-            super().__init__(drivername)
-            assert self.pipe.poll(60)
-
-        def ask(self, lines: list[bytes]) -> None:
-            if len(helped) == 7:
-                self.process.kill()
-                self.process.join()
-            super().ask(lines)
-
-        def answer(self) -> Any:
-            rows = super().answer()
-            helped.append(rows is not None)
-            return rows
-
-    monkeypatch.setattr(arriving, "Helper", Mortal)
+    helper, helped = mortal(7)
+    monkeypatch.setattr(arriving, "Helper", helper)
     monkeypatch.setattr(arriving, "ALONE_BYTES", 0)
     monkeypatch.setattr(arriving, "BATCH_BYTES", 1)  # a line
     skipped: list[str] = []
@@ -422,8 +444,17 @@ def test_a_second_process_prepares_the_same_and_is_not_missed(
 
 
 def test_the_second_process_ends_with_the_first() -> None:
-    helper = arriving.Helper("sqlite")
+    helper = Helper(arriving.preparing, "sqlite")
     assert helper.pipe.poll(60)
     helper.pipe.close()
     helper.process.join(60)
     assert helper.process.exitcode == 0
+
+
+def test_a_second_process_that_cannot_do_it_only_falls_silent() -> None:
+    with Helper(
+        transfer.exporting, "sqlite:///no/such/folder/x.db", 1.0, None, HistoryQuery()
+    ) as h:
+        assert h.pipe.poll(60)
+        h.ask((0, 10))
+        assert h.answer() is None
