@@ -40,9 +40,9 @@ def test_max_length_counts_the_prompts_tokens(client: TestClient) -> None:
 
 def test_without_max_length_there_are_50_more(client: TestClient) -> None:
     long = "king " * 100
-    record = generated(client, prompt=long)
-    assert record["prompt_tokens"] > 50
-    assert 1 <= record["completion_tokens"] <= 50
+    records = [generated(client, prompt=long, seed=seed) for seed in range(5)]
+    assert records[0]["prompt_tokens"] > 50
+    assert 10 < max(record["completion_tokens"] for record in records) <= 50
 
 
 def test_one_token_of_room_is_enough_and_none_is_422(client: TestClient) -> None:

@@ -407,18 +407,22 @@ def mortal(answers: int) -> tuple[type[Helper], list[bool]]:
 
 
 def test_a_second_process_exports_the_same_and_is_not_missed(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(database)
-    whole, of_owner = exported(database), exported(database, OWNER)
     helper, helped = mortal(2)
     monkeypatch.setattr(transfer, "Helper", helper)
-    monkeypatch.setattr(transfer, "ALONE_BATCHES", 0)
     monkeypatch.setattr(transfer, "BATCH_ROWS", 1)
+    database = Database(f"sqlite:///{tmp_path / 'records.db'}")
+    database.migrate()
+    fill(database)
+    whole, of_owner = exported(database), exported(database, OWNER)
+    assert helped == []
+    monkeypatch.setattr(transfer, "ALONE_BATCHES", 0)
     assert exported(database) == whole
     assert helped == [True, True]
     assert exported(database, OWNER) == of_owner
     assert not all(helped)
+    database.close()
 
 
 def test_a_second_process_prepares_the_same_and_is_not_missed(
