@@ -53,7 +53,7 @@ def ask(url: str, key: str, answers: Answers, wait: float) -> None:
             try:
                 answer = client.post(url, json=body, headers={"Idempotency-Key": key})
             except httpx.HTTPError:
-                time.sleep(0.1)
+                time.sleep(0.5)  # a server that starts needs the processor more
                 continue
             answers.add(key, answer)
             if answer.status_code == 200:
