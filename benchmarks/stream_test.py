@@ -99,7 +99,7 @@ async def stream_until_killed(server: Server, rng: random.Random) -> tuple[list[
     async with httpx.AsyncClient(base_url=server.url, timeout=30, limits=limits) as client:
 
         async def one_after_the_other() -> None:
-            while server.process.poll() is None:
+            while server.process.is_alive():
                 found.append(await follow(client, rng))
 
         tasks = [asyncio.create_task(one_after_the_other()) for _ in range(CLIENTS)]
@@ -107,7 +107,7 @@ async def stream_until_killed(server: Server, rng: random.Random) -> tuple[list[
         killed = time.monotonic()
         server.process.kill()
         await asyncio.gather(*tasks)
-    server.process.wait()
+    server.process.join()
     return found, killed
 
 
@@ -242,14 +242,14 @@ async def stream_until_stopped(server: Server, rng: random.Random) -> float:
     async with httpx.AsyncClient(base_url=server.url, timeout=30, limits=limits) as client:
 
         async def one_after_the_other() -> None:
-            while server.process.poll() is None:
+            while server.process.is_alive():
                 await follow(client, rng)
 
         tasks = [asyncio.create_task(one_after_the_other()) for _ in range(CLIENTS)]
         await asyncio.sleep(rng.uniform(0.3, 2.0))
         began = time.monotonic()
         server.process.terminate()
-        while server.process.poll() is None and time.monotonic() - began < 60:
+        while server.process.is_alive() and time.monotonic() - began < 60:
             await asyncio.sleep(0.02)
         seconds = time.monotonic() - began
         await asyncio.gather(*tasks)

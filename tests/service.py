@@ -1,18 +1,20 @@
 """How tests run the service: in this process, or as a real server in another one."""
 
 import contextlib
+import multiprocessing
 import os
 import random
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from copy import copy
+from multiprocessing.context import ForkServerProcess, SpawnProcess
 from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.datastructures import State
@@ -22,6 +24,9 @@ from database import Database
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "weights" / "tiny-gpt2")
 START_SECONDS = 240  # a machine that runs much else takes minutes to import PyTorch
+
+# What a server imports takes it up to ten seconds: one process does it, and servers are its forks.
+multiprocessing.set_forkserver_preload(["main", "engine.engine", "engine.loading"])
 
 
 def ready(client: TestClient) -> TestClient:
@@ -64,10 +69,25 @@ def free_port() -> int:
             return port
 
 
+def run_app(app: str, port: int, workers: int, environment: dict[str, str], log: Path) -> None:
+    """`uvicorn app`, in a process of its own."""
+    with log.open("ab") as output, open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.stdin = os.fdopen(0)  # which workers open again by its number
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    uvicorn.run(app, port=port, workers=workers)
+
+
 class Server:
     """`uvicorn main:app`, or another ``app``, in its own process; what it prints goes to ``log``.
 
-    With several ``workers`` it must be ended by ``stop``: a killed parent leaves them alone.
+    With several ``workers`` it must be ended by ``stop``: a killed parent leaves them alone. One
+    whose ``environment`` tells a library something that it reads when imported is ``imported``
+    anew.
     """
 
     def __init__(
@@ -77,20 +97,18 @@ class Server:
         port: int | None = None,
         workers: int = 1,
         app: str = "main:app",
+        imported: bool = False,
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
-        command += ["--workers", str(workers)] if workers > 1 else []
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | {"MODEL": TINY} | dict(environment),
-                stdout=output,
-                stderr=output,
-            )
+        process = SpawnProcess if imported else ForkServerProcess
+        self.process = process(
+            target=run_app,
+            args=(app, self.port, workers, os.environ | {"MODEL": TINY} | dict(environment), log),
+            daemon=workers == 1,
+        )
+        self.process.start()
 
     def wait_until_ready(self) -> "Server":
         self.wait_for("/health/ready")
@@ -103,7 +121,7 @@ class Server:
     def wait_for(self, path: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()
+            assert self.process.is_alive(), self.log.read_text()
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(self.url + path, timeout=5).status_code == 200:
                     return
@@ -112,11 +130,13 @@ class Server:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
     def stop(self) -> int:
         self.process.terminate()
-        return self.process.wait(60)
+        self.process.join(60)
+        assert self.process.exitcode is not None, "it did not stop"
+        return self.process.exitcode
 
 
 @contextlib.contextmanager

@@ -26,14 +26,27 @@ def exercise(server: Server) -> list[str]:
     return [CANARY, completion[:30], completion[-30:]]
 
 
-def test_lines_are_objects_with_ids_and_hold_no_prompts_nor_outputs(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'records.db'}"
-    environment = {"DATABASE_URL": url, "LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG"}
-    with serving(tmp_path / "log", **environment) as server:
+def log_of(folder: Path, log_format: str) -> tuple[str, list[str]]:
+    """What a server prints at its most talkative, and what must not be in it."""
+    environment = {"LOG_FORMAT": log_format, "LOG_LEVEL": "DEBUG"}
+    url = f"sqlite:///{folder / 'records.db'}"
+    with serving(folder / "log", DATABASE_URL=url, **environment) as server:
         texts = exercise(server)
         server.stop()
-    log = (tmp_path / "log").read_text()
-    assert [text for text in texts if len(text) > 5 and text in log] == []
+    return (folder / "log").read_text(), [text for text in texts if len(text) > 5]
+
+
+def test_lines_to_read_hold_neither_prompts_nor_outputs(tmp_path: Path) -> None:
+    log, texts = log_of(tmp_path, "console")
+    assert "record accepted" in log
+    assert [text for text in texts if text in log] == []
+
+
+def test_json_lines_are_objects_with_ids_and_hold_neither_prompts_nor_outputs(
+    tmp_path: Path,
+) -> None:
+    log, texts = log_of(tmp_path, "json")
+    assert [text for text in texts if text in log] == []
     lines = log.splitlines()
     events = [json.loads(line) for line in lines if line.startswith("{")]
     named = {event["event"]: event for event in events}

@@ -120,7 +120,7 @@ def test_a_hub_that_never_answers_holds_nothing_up(tmp_path: Path, silent_hub: s
         "HF_HOME": str(tmp_path / "hub"),
         "no_proxy": "*",
     }
-    server = Server(environment, tmp_path / "log")
+    server = Server(environment, tmp_path / "log", imported=True)
     try:
         server.wait_until_alive()
         unready = httpx.get(f"{server.url}/health/ready", timeout=60)
