@@ -39,7 +39,7 @@ from sqlalchemy.orm import Session
 
 from words import Term
 
-NEWEST = 4096  # ids that PostgreSQL looks through before it collects all there are
+NEWEST = 4096  # ids that PostgreSQL looks through first
 AUTOMERGE = 4  # parts of the index in a SQLite file that FTS5 merges by itself: its default
 LONGEST_KEY = 80  # InnoDB's is 84
 
@@ -137,22 +137,35 @@ def newest_first(
     below: int | None,
     above: int,
 ) -> list[int]:
-    """PostgreSQL: a GIN index gives all hits in no order. A word that is in every twentieth
-    record is found among the newest ones; where few of those match, all hits are not many."""
+    """PostgreSQL: a GIN index gives all hits in no order, however many they are. So the newest ids
+    are looked through first, then as many more as hits have been frequent among those; unless that
+    would be more rows than all the hits there are."""
     if below is None:
         newest = index_table(index, "postgresql").c[index.key]
         below = (session.scalar(select(func.max(newest))) or 0) + 1
     key: ColumnClause[int] = column(index.key)
-    middle = max(above, below - NEWEST)
     statement = matching(session, index, asked)
-    near = statement.where(key < below, key > middle).order_by(key.desc()).limit(limit)
-    found: list[int] = list(session.scalars(near))
-    if len(found) < limit and middle > above:
-        every = statement.where(key <= middle, key > above)
-        far = every.cte("far").prefix_with("MATERIALIZED", dialect="postgresql")
-        last: ColumnElement[int] = far.c[index.key]
-        found += session.scalars(select(last).order_by(last.desc()).limit(limit - len(found)))
+    found: list[int] = []
+    top, span = below, NEWEST
+    while span and len(found) < limit:
+        last = max(above, below - span - 1)
+        near = statement.where(key < below, key > last).order_by(key.desc())
+        found += session.scalars(near.limit(limit - len(found)))
+        below = last + 1
+        span = promising(limit - len(found), len(found), top - below, last - above)
+    if len(found) < limit and last > above:
+        far = statement.where(key < below, key > above).cte("far")
+        far = far.prefix_with("MATERIALIZED", dialect="postgresql")
+        every: ColumnElement[int] = far.c[index.key]
+        found += session.scalars(select(every).order_by(every.desc()).limit(limit - len(found)))
     return found
+
+
+def promising(wanted: int, found: int, seen: int, left: int) -> int:
+    """In how many ids more there should be the hits that are wanted, after those found among the
+    ids seen; 0 where these would be more than all hits that are left."""
+    span = 2 * wanted * seen // found if found else 0
+    return span if span * seen < left * found else 0
 
 
 def matching(

@@ -263,6 +263,24 @@ def test_a_record_that_runs_again_is_not_found_meanwhile(session: Session) -> No
     assert indexed(session, "once") == indexed(session, "again") == [record]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_hits_are_the_newest_however_frequent(
+    session: Session, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(index, "NEWEST", 4)  # what PostgreSQL looks through first
+    draw = random.Random(seed)
+    said = [draw.choice(["often", "often", "seldom", "nothing"]) for _ in range(60)]
+    said[draw.randrange(60)] = "once"
+    ids = {insert(session, prompt=word, completion=""): word for word in said}
+    for _ in range(60):
+        word = draw.choice(["often", "seldom", "once", "never"])
+        limit, above = draw.randint(1, 30), draw.choice([0, draw.randint(0, 60)])
+        below = draw.choice([None, draw.randint(above, 70)])
+        hits = index.hits(session, index.RECORDS, ([Term((word,))], []), limit, below, above)
+        every = [i for i, w in ids.items() if w == word and above < i < (below or 1000)]
+        assert hits == sorted(every, reverse=True)[:limit]
+
+
 def test_who_inherits_a_text_is_found_by_it(session: Session) -> None:
     source = insert(session, prompt="unicorn")
     heir = insert(session, prompt="", completion="", source_id=source)
