@@ -16,6 +16,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -27,6 +28,7 @@ MOST_ASKED = 32  # words in one search
 SHORTEST_PREFIX = 2
 SNIPPET_LENGTH = 160
 SNIPPET_LEAD = 40  # characters before the first match
+WINDOW = 8192  # characters of a long text that are looked through at once
 
 # Scripts that put no spaces between words; Korean puts them between groups of words.
 ALONE = (
@@ -158,6 +160,12 @@ class Term:
             return tuple(found[:-1]) == self.words[:-1]
         return tuple(found) == self.words
 
+    def may_be_in(self, found: AbstractSet[str]) -> bool:
+        """Whether a text with these words may have it."""
+        *first, last = self.words
+        going_on = self.prefix and any(word.startswith(last) for word in found)
+        return found >= set(first) and (going_on or last in found)
+
     def count(self, found: Sequence[str]) -> int:
         """How often it is in a text's words."""
         size = len(self.words)
@@ -188,25 +196,35 @@ def parse_term(text: str, excluded: bool, may_go_on: bool) -> Term | None:
     found = tuple(words(text))
     if not found:
         return None
-    prefix = may_go_on and text.endswith("*") and not stands_alone(found[-1][0])
-    if prefix and len(found[-1]) < SHORTEST_PREFIX:
+    alone = FOLDING[ord(found[-1][0])].startswith(" ")  # a word that ends with its character
+    prefix = may_go_on and text.endswith("*") and not alone
+    if prefix and len("".join(found)) < SHORTEST_PREFIX:
         raise NonsenseError(f"A beginning of a word needs {SHORTEST_PREFIX} characters before *")
     return Term(found, prefix, excluded)
 
 
-def located(text: str) -> Iterator[tuple[str, int, int]]:
-    """The words of a text with where they begin and end."""
+def located(text: str, place: int = 0) -> Iterator[tuple[str, int, int]]:
+    """The words of a text from a place on, with where they begin and end."""
     word, start, end = "", 0, 0
-    for place, character in enumerate(text):
-        for part in FOLDING[ord(character)]:
+    while place < len(text):
+        after = whole(text, place + 1)
+        for part in FOLDING[ord(text[place])]:
             if part != " ":
                 start = start if word else place
-                word, end = word + part, place + 1
+                word, end = word + part, after
             elif word:
                 yield word[:LONGEST_WORD], start, end
                 word = ""
+        place = after
     if word:
         yield word[:LONGEST_WORD], start, end
+
+
+def whole(text: str, place: int) -> int:
+    """The next place that is not between a character and its accents."""
+    while place < len(text) and not FOLDING[ord(text[place])]:
+        place += 1
+    return place
 
 
 def snippet(text: str, terms: Sequence[Term]) -> str:
@@ -216,10 +234,11 @@ def snippet(text: str, terms: Sequence[Term]) -> str:
     matches = first_matches(text, wanted)
     start = max(0, matches[0][0] - SNIPPET_LEAD) if matches else 0
     if start:
-        start = text.find(" ", start, matches[0][0]) + 1 or start
+        start = whole(text, text.find(" ", start, matches[0][0]) + 1 or start)
     end = max(start + SNIPPET_LENGTH, matches[0][1] if matches else 0)
     if end < len(text):
         end = max(text.rfind(" ", start, end), matches[0][1] if matches else 0, start) or end
+        end = whole(text, end)
     shown = "…" if start else ""
     for first, last in matches:
         if first >= start and last <= end:
@@ -232,7 +251,7 @@ def first_matches(text: str, terms: Sequence[Term]) -> list[tuple[int, int]]:
     """Where the first match begins and ends, and those near behind it; none overlaps another."""
     seen: list[tuple[str, int, int]] = []
     matches: list[tuple[int, int]] = []
-    for found in located(text):
+    for found in located(text, place_near(text, terms)):
         if matches and found[1] > matches[0][0] + SNIPPET_LENGTH:
             break
         seen.append(found)
@@ -243,6 +262,15 @@ def first_matches(text: str, terms: Sequence[Term]) -> list[tuple[int, int]]:
                 if start < found[2]:
                     matches.append((start, found[2]))
     return matches
+
+
+def place_near(text: str, terms: Sequence[Term]) -> int:
+    """A place before the first match, found without a look at each character of a long text."""
+    for place in range(0, len(text) if len(text) > WINDOW else 0, WINDOW // 2):
+        found = set(words(text[place : place + WINDOW]))
+        if any(term.may_be_in(found) for term in terms):
+            return max(0, text.rfind(" ", 0, place))  # not within a word
+    return 0
 
 
 def is_match(text: str, terms: Sequence[Term]) -> bool:

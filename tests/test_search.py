@@ -31,6 +31,7 @@ from words import (
     LONGEST_WORD,
     MOST_BYTES,
     MOST_WORDS,
+    WINDOW,
     Term,
     parse_search,
     snippet,
@@ -104,7 +105,10 @@ def test_words_of_any_script_are_found(found: Any) -> None:
         '"foo bar" 3.14': ["code"],
         "x**2": ["code"],
         "isn't": ["code"],
+        "isn't*": ["code"],
+        "isn*": ["code"],
         "isnt": [],
+        "🐉*": ["emoji"],
         "i": ["stop"],
         "to the": ["stop"],
         "www": [],
@@ -425,6 +429,24 @@ def test_a_snippet_is_safe_html_around_the_first_match() -> None:
     assert len(shown) < 300
     assert snippet("世界大学", parse_search("大学")) == "世界<mark>大学</mark>"
     assert snippet("Cafe\u0301!", parse_search("cafe")) == "<mark>Café</mark>!"
+    assert snippet("замо\u0301, а", parse_search("замо")) == "<mark>замо\u0301</mark>, а"
+    assert snippet("a🐉\ufe0f b", parse_search("🐉")) == "a<mark>🐉\ufe0f</mark> b"
+    assert snippet("a" + "x\u0302" * 300, parse_search("zebra")) == "a" + "x\u0302" * 80 + "…"
+
+
+def test_a_snippet_of_a_long_text_is_that_of_looking_at_each_character(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = random.Random(3)
+    asked = [parse_search(q) for q in ("a b", "ab*", '"b a"', '"a b a"', "世", "aaaa", "👍")]
+    cases = []
+    for alphabet in ("ab  c", "ab c世é\u0301 👍", "a b cd  "):
+        for terms in asked:
+            said = "".join(draw.choices(alphabet, k=draw.randint(0, 3000)))
+            cases.append((said, terms, snippet(said, terms)))
+    assert max(len(said) for said, _, _ in cases) < WINDOW  # so far, no window was left out
+    monkeypatch.setattr("words.WINDOW", 200)
+    assert [snippet(said, terms) for said, terms, _ in cases] == [shown for *_, shown in cases]
 
 
 def test_texts_of_any_size_are_kept_and_found(session: Session) -> None:
