@@ -45,7 +45,9 @@ torture: .venv/dev ## kill it and its databases under load, cut the power; count
 	$(BIN)/python -m benchmarks.redis_test --times 10
 
 .venv/run: requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than Python 3.11: PYTHON=… names another" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv || { rm -rf .venv; exit 1; }
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
