@@ -20,11 +20,11 @@ from transformers.pipelines import pipeline
 from transformers.pipelines.text_generation import TextGenerationPipeline
 from transformers.utils import logging as transformers_logging
 
+from engine.naming import DEFAULT_MODEL, called, folder_of, is_path
 from engine.sampling import SamplingDefaults
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "gpt2"
 BUNDLED_MODEL = Path(__file__).parent.parent / "weights" / "tiny-gpt2"
 HUB_PATIENCE_SECONDS = 4.0
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -149,12 +149,12 @@ def find_model(name: str | None) -> ModelSource:
 
 
 def find_named_model(name: str) -> tuple[str, Path]:
-    folder = Path(name).expanduser()
+    folder = folder_of(name)
     if folder.is_dir():
         if not has_weights(folder):
             raise ModelUnavailableError(f"MODEL={name}: the folder holds no safetensors weights")
-        return folder.resolve().name, folder
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return called(name), folder
+    if is_path(name):
         raise ModelUnavailableError(f"MODEL={name}: there is no such folder")
     return name, hub_folder(name)
 

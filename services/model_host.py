@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from engine.naming import called
 from engine.sampling import FinishReason
 from errors import ModelNotReadyError
 from log import event
@@ -113,7 +114,7 @@ class ModelHost:
 
     def model_name(self) -> str:
         """What runs, or will: for rows that name it before it is loaded."""
-        return self.model.name if self.model is not None else self.name or "gpt2"
+        return self.model.name if self.model is not None else called(self.name)
 
     def unready(self) -> str | None:
         """Why the model cannot be used now, in words that a client may see; None when it can."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service import ROOT, START_SECONDS, TINY, Server, free_port
+from tests.service import ROOT, START_SECONDS, TINY, Server, free_port, in_process
 from tests.test_history import insert
 
 NOTHING_STARTS = """
@@ -82,6 +82,12 @@ def test_a_broken_model_stops_the_server_with_one_line(tmp_path: Path) -> None:
     lines = start_refused(tmp_path, MODEL=str(folder))
     assert len([line for line in lines if "MODEL=broken did not load" in line]) == 1
     assert len(lines) == 1
+
+
+def test_a_row_that_names_the_model_before_it_is_loaded_holds_no_path(tmp_path: Path) -> None:
+    with in_process(DATABASE_URL=f"sqlite:///{tmp_path / 'records.db'}", MODEL=TINY) as client:
+        made = client.post("/conversations", json={"title": "x"})  # before it can be loaded
+        assert made.json()["model_type"] == Path(TINY).name
 
 
 @pytest.fixture
