@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engine.loading import LoadedModel
 
 DEFAULT_NEW_TOKENS = 50  # so the default max_length is the prompt and 50 more
+SEED_BITS = 53  # of a drawn seed: JavaScript and jq round longer numbers, into other seeds
 CONTEXT_TURNS = 200  # the most that a reply looks back; a model's context ends before
 Turn = tuple[str, str]  # what the user said, what was answered
 
@@ -93,7 +94,7 @@ def sampling_params(model: "LoadedModel", given: SamplingOptions, room: int) -> 
     own = model.defaults
     return SamplingParams(
         max_new_tokens=room,
-        seed=secrets.randbits(63) if given.seed is None else given.seed,
+        seed=secrets.randbits(SEED_BITS) if given.seed is None else given.seed,
         temperature=own.temperature if given.temperature is None else given.temperature,
         top_k=own.top_k if given.top_k is None else given.top_k,
         top_p=own.top_p if given.top_p is None else given.top_p,

@@ -107,6 +107,12 @@ def test_a_seed_is_drawn_stored_and_gives_the_text_again(client: TestClient) -> 
     assert generated(client)["seed"] != first["seed"]
 
 
+def test_a_drawn_seed_survives_a_client_whose_numbers_are_floats(client: TestClient) -> None:
+    seeds = [generated(client, max_length=15)["seed"] for _ in range(5)]
+    assert [int(float(seed)) for seed in seeds] == seeds
+    assert max(seeds) >= 2**32  # so that two are hardly ever alike
+
+
 def test_one_seed_at_once_is_one_text(client: TestClient) -> None:
     with ThreadPoolExecutor(12) as pool:
         others = [pool.submit(generated, client, max_length=60) for _ in range(4)]
