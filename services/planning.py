@@ -68,7 +68,7 @@ def plan_reply(
     """
     own = len(model.encode(prompt))
     bare, stop = model.encode_thread([], prompt)
-    room = new_tokens(own, options.max_length, model.context_size - (len(bare) - own))
+    room = new_tokens(own, options.max_length, model.context_size, frame=len(bare) - own)
     params = sampling_params(model, options, room)
     ids = fit_thread(model, thread, prompt, room)
     return Plan(model, ids, replace(params, stop=params.stop + stop))
@@ -103,18 +103,21 @@ def sampling_params(model: "LoadedModel", given: SamplingOptions, room: int) -> 
     )
 
 
-def new_tokens(prompt: int, max_length: int | None, context: int) -> int:
-    """How many tokens to generate after ``prompt`` tokens. Raises InvalidRequestError."""
-    if prompt >= context:
+def new_tokens(prompt: int, max_length: int | None, context: int, frame: int = 0) -> int:
+    """How many tokens to generate after ``prompt`` tokens, where ``frame`` more say whose turn it
+    is. Raises InvalidRequestError."""
+    room = context - frame
+    if prompt >= room:
+        framed = f", of which {frame} mark the turns" if frame else ""
         raise InvalidRequestError(
-            f"The prompt is {prompt} tokens long, and the model's context is {context} tokens:"
-            " it leaves no room for one new token."
+            f"The prompt is {prompt} tokens long, and the model's context is {context}"
+            f" tokens{framed}: it leaves no room for one new token."
         )
     if max_length is None:
-        return min(DEFAULT_NEW_TOKENS, context - prompt)
+        return min(DEFAULT_NEW_TOKENS, room - prompt)
     if prompt >= max_length:
         raise InvalidRequestError(
             f"The prompt is {prompt} tokens long, and max_length is {max_length} tokens, prompt"
             " included: it leaves no room for one new token."
         )
-    return min(max_length, context) - prompt
+    return min(max_length, room) - prompt

@@ -57,6 +57,22 @@ def test_one_token_of_room_is_enough_and_none_is_422(client: TestClient) -> None
     assert f"max_length is {length}" in answer.json()["detail"]
 
 
+def test_a_message_beyond_the_context_is_422_with_all_that_counts(client: TestClient) -> None:
+    prompt = " king" * 1020
+    length = tokens_of(prompt)
+    frame = tokens_of(f"User: {prompt}\nAssistant:") - length
+    assert length < 1024 <= length + frame
+    conversation = client.post("/conversations", json={"title": "Long"}).json()["id"]
+    path = f"/conversations/{conversation}/messages"
+    answer = client.post(path, json={"prompt_content": prompt})
+    assert answer.status_code == 422
+    for said in (f"is {length} tokens", "context is 1024 tokens", f"{frame} mark the turns"):
+        assert said in answer.json()["detail"]
+    alone = client.post("/analyze/anna", json={"text": f"{prompt} king king king king king"})
+    assert alone.status_code == 422
+    assert "context is 1024 tokens: it" in alone.json()["detail"]
+
+
 @pytest.mark.parametrize(
     "prompt", ["🐉" * 500, "龍" * 500, "👩‍👩‍👧‍👦" * 71, "\u0301" * 500, "\t" * 500]
 )
