@@ -74,8 +74,10 @@ class Scheduler:
         """Give it a place in the queue. Raises EngineFullError; ValueError if it can never run."""
         if sequence.longest > self.kv_tokens:
             raise ValueError(f"{sequence.longest} tokens do not fit into {self.kv_tokens}")
-        if len(self.admitted) + len(self.waiting) >= self.max_waiting:
-            raise EngineFullError(f"{self.max_waiting} generations are waiting already")
+        # Not by who waits: all who came since the last step do, though slots are free for them.
+        taken = len(self.admitted) + len(self.waiting) + len(self.running)
+        if taken >= self.max_waiting + self.max_running:
+            raise EngineFullError(f"{taken} generations are running or waiting already")
         self.admitted.add(sequence)
 
     def start(self, sequence: Sequence) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.datastructures import State
 
 from database import Database
+from engine.sampling import SamplingParams
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "weights" / "tiny-gpt2")
@@ -52,6 +53,16 @@ def in_process(**environment: str) -> Iterator[TestClient]:
             yield client
         # Two models that load at once import the same modules, for which they are not made.
         own.state.models.thread.join()
+
+
+@contextlib.contextmanager
+def places_taken(client: TestClient, count: int) -> Iterator[None]:
+    """So many places for generations are held by some that do not start."""
+    engine = client.app.state.models.engine  # type: ignore[attr-defined]
+    held = [engine.admit([1], SamplingParams(1, seed=0)) for _ in range(count)]
+    yield
+    for generation in held:
+        generation.cancel()
 
 
 def sessions_of(client: TestClient) -> sessionmaker[Session]:

@@ -23,7 +23,8 @@ from database import Database, transaction
 from errors import StartError, StorageUnavailableError
 from models import Base
 from repositories import leases
-from tests.service import ROOT, in_process, ready
+from services.model_host import MAX_RUNNING
+from tests.service import ROOT, in_process, places_taken, ready
 from tests.test_history import ids, insert
 
 
@@ -91,9 +92,12 @@ def test_a_locked_database_is_503_and_then_works_again(file: Path) -> None:
         DATABASE_URL=f"sqlite:///{file}", DATABASE_TIMEOUT_SECONDS="0.2", MAX_WAITING="2"
     ) as client:
         ready(client)
-        with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        with (
+            places_taken(client, MAX_RUNNING),
+            closing(sqlite3.connect(file, isolation_level=None)) as other,
+        ):
             other.execute("BEGIN IMMEDIATE")
-            for _ in range(4):  # more than there are places in the queue
+            for _ in range(4):  # more than there are places left
                 answer = client.post("/generate", json={"prompt": "Once"})
                 assert answer.status_code == 503
                 assert answer.json()["code"] == "storage_unavailable"

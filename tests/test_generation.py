@@ -1,5 +1,6 @@
 """Generations: lengths, seeds, stops, refusals, and what is kept of each."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.service import TINY, in_process, ready
+from services.model_host import MAX_RUNNING
+from tests.service import TINY, in_process, places_taken, ready
 
 PROMPT = "Once upon a time there was a king who had"
 
@@ -187,27 +189,38 @@ def test_50_at_once_are_all_in_the_history(client: TestClient) -> None:
         assert answer.status_code == 200 or int(answer.headers["Retry-After"]) > 0
 
 
-def test_a_full_queue_is_503_and_stores_nothing(tmp_path: Any) -> None:
-    url = f"sqlite:///{tmp_path / 'records.db'}"
-    with in_process(DATABASE_URL=url, MAX_WAITING="1") as client:
-        ready(client)
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: post(client, max_length=200), range(8)))
-        statuses = [answer.status_code for answer in answers]
-        assert set(statuses) == {200, 503}
-        for answer in answers:
-            if answer.status_code == 503:
-                assert answer.json()["code"] == "overloaded"
-                assert int(answer.headers["Retry-After"]) > 0
-        assert len(client.get("/history?limit=100").json()) == statuses.count(200)
-        assert post(client, max_length=20).status_code == 200
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A service in which 4 may wait beside those that run."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('small') / 'records.db'}"
+    with in_process(DATABASE_URL=url, MAX_WAITING="4") as client:
+        yield ready(client)
 
 
-def test_the_deadline_is_504_and_the_record_failed(tmp_path: Any) -> None:
+def test_as_many_at_once_as_may_run_and_wait_are_answered(small: TestClient) -> None:
+    count = MAX_RUNNING + 4
+    with ThreadPoolExecutor(count) as pool:
+        answers = list(pool.map(lambda _: post(small, max_length=100), range(count)))
+    assert [answer.status_code for answer in answers] == [200] * count
+
+
+def test_a_full_queue_is_503_and_stores_nothing(small: TestClient) -> None:
+    before = small.get("/history").json()
+    with places_taken(small, MAX_RUNNING + 4):
+        answer = post(small)
+        assert answer.status_code == 503
+        assert answer.json()["code"] == "overloaded"
+        assert int(answer.headers["Retry-After"]) > 0
+        assert small.get("/history").json() == before
+        assert small.get("/health/ready").json()["waiting"] == MAX_RUNNING + 4
+    assert post(small, max_length=20).status_code == 200
+
+
+def test_the_deadline_is_504_and_the_record_failed(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'records.db'}"
-    with in_process(DATABASE_URL=url, REQUEST_TIMEOUT_SECONDS="0.05", MAX_WAITING="1") as client:
-        ready(client)
-        for _ in range(3):  # each gives its place in the queue back
+    environment = {"DATABASE_URL": url, "REQUEST_TIMEOUT_SECONDS": "0.05", "MAX_WAITING": "1"}
+    with in_process(**environment) as client, places_taken(ready(client), MAX_RUNNING):
+        for _ in range(3):  # each gives the last place back
             answer = post(client, max_length=200)
             assert answer.status_code == 504
             body = answer.json()

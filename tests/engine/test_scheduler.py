@@ -21,15 +21,29 @@ def started(subject: Scheduler, *sequences: Sequence) -> None:
         subject.start(sequence)
 
 
-def test_the_queue_says_no_when_it_is_full_and_yes_after_one_left() -> None:
-    subject = scheduler(max_waiting=2)
-    first, second = made(), made()
-    subject.admit(first)
-    started(subject, second)
+def test_all_places_can_be_taken_before_a_step_and_are_as_many_after_it() -> None:
+    subject = scheduler(max_waiting=3, max_running=2)
+    sequences = [made() for _ in range(5)]
+    started(subject, *sequences[:4])
+    subject.admit(sequences[4])
+    for _ in range(2):
+        with pytest.raises(EngineFullError):
+            subject.admit(made())
+        subject.schedule()
+
+
+@pytest.mark.parametrize("status", ["admitted", "waiting", "running"])
+def test_who_leaves_makes_place_for_one(status: str) -> None:
+    subject = scheduler(max_waiting=2, max_running=1)
+    sequences = [made() for _ in range(3)]
+    started(subject, *sequences[:2])
+    subject.schedule()
+    subject.admit(sequences[2])
+    leaving = {s.status: s for s in sequences}[Status(status)]
+    subject.end(leaving, Status.CANCELLED, FinishReason.CANCELLED)
+    subject.admit(made())
     with pytest.raises(EngineFullError):
         subject.admit(made())
-    subject.end(first, Status.CANCELLED, FinishReason.CANCELLED)
-    subject.admit(made())
 
 
 def test_slots_are_filled_in_the_order_of_arrival() -> None:
