@@ -74,10 +74,10 @@ def list_conversations(
     responses=responses(400, 503),
 )
 def create_conversation(
-    request: ConversationCreate, session: DbSession, owner: Owner, service: Generation
+    request: ConversationCreate, session: DbSession, owner: Owner, replies: ReplyService
 ) -> Conversation:
     """Begin a conversation. With `initial_prompt` and no `title` the model suggests one."""
-    return conversations.create(session, owner, request, service.models.model_name())
+    return replies.open(session, owner, request)
 
 
 @router.get(
@@ -192,10 +192,14 @@ def get_message(message_id: MessageId, session: DbSession, owner: Owner) -> Gene
     responses=responses(400, 404, 409, 503),
 )
 def update_message(
-    message_id: MessageId, request: MessageUpdate, session: DbSession, owner: Owner
+    message_id: MessageId,
+    request: MessageUpdate,
+    session: DbSession,
+    owner: Owner,
+    replies: ReplyService,
 ) -> GenerationRecord:
     """Correct a message by hand; what is left out stays."""
-    return conversations.change_message(session, owner, message_id, request)
+    return replies.correct(session, owner, message_id, request)
 
 
 @router.delete("/messages/{message_id}", status_code=204, responses=responses(404, 503))

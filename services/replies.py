@@ -1,4 +1,8 @@
-"""Answers in threads: one at a time in each, every reply with the whole thread before it."""
+"""Answers in threads: one at a time in each, every reply with the whole thread before it.
+
+A prompt passes the content filter whichever way it comes into a thread: the model reads all that
+was said there, sooner or later.
+"""
 
 import time
 from collections.abc import Callable
@@ -10,10 +14,19 @@ from sqlalchemy.orm import Session
 
 from database import release, transaction
 from errors import ConflictError
-from models import TERMINAL, Conversation, FinishReason, GenerationRecord, MessageCreate, Status
+from models import (
+    TERMINAL,
+    Conversation,
+    ConversationCreate,
+    FinishReason,
+    GenerationRecord,
+    MessageCreate,
+    MessageUpdate,
+    Status,
+)
 from repositories import conversations, records
 from services.accepting import TakenError
-from services.conversations import first_words, get
+from services.conversations import change_message, create, first_words, get
 from services.generation import Answer, GenerationService
 from services.idempotency import Key, once_of, once_values
 from services.live import Live
@@ -29,6 +42,20 @@ class ThreadMovedError(Exception):
 class Replies:
     def __init__(self, generation: GenerationService) -> None:
         self.generation = generation
+
+    def open(self, session: Session, owner_id: str, request: ConversationCreate) -> Conversation:
+        """Begin a conversation. Raises ContentRefusedError."""
+        if request.initial_prompt is not None:
+            self.generation.content_filter.check(request.initial_prompt)
+        return create(session, owner_id, request, self.generation.models.model_name())
+
+    def correct(
+        self, session: Session, owner_id: str, message_id: int, request: MessageUpdate
+    ) -> GenerationRecord:
+        """Change a message by hand. Raises ContentRefusedError, NotFoundError, ConflictError."""
+        if request.prompt_content is not None:
+            self.generation.content_filter.check(request.prompt_content)
+        return change_message(session, owner_id, message_id, request)
 
     def reply(
         self,

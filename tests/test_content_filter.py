@@ -3,6 +3,7 @@
 import unicodedata
 
 import pytest
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -123,3 +124,22 @@ def test_a_word_inside_another_passes(
 ) -> None:
     hidden = before + disguised(word, disguise) + after
     assert not refuses(f"such {hidden} here")
+
+
+def test_a_forbidden_word_comes_into_a_conversation_by_no_way(client: TestClient) -> None:
+    before = client.get("/conversations").json()
+    bodies = [{"initial_prompt": "I hate you"}, {"initial_prompt": "I hate you", "title": "Love"}]
+    answers = [client.post("/conversations", json=body) for body in bodies]
+    assert client.get("/conversations").json() == before
+    path = f"/conversations/{client.post('/conversations', json={}).json()['id']}/messages"
+    hello = {"prompt_content": "Hello?", "response_content": "Hello."}
+    message = client.post(path, json=hello).json()
+    hate: list[dict[str, str]] = [hello | {"prompt_content": "I hate you"}]
+    hate.append({"prompt_content": "I hate you"})
+    answers += [client.post(path, json=body) for body in hate]
+    answers += [client.put(f"/messages/{message['id']}", json=body) for body in hate]
+    for answer in answers:
+        assert answer.status_code == 400
+        assert answer.json()["code"] == "content_refused"
+        assert answer.json()["detail"] == "Prompt contains inappropriate content"
+    assert client.get(path).json() == [message]
