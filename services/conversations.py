@@ -5,7 +5,9 @@ its completion. Nothing is stored twice.
 """
 
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -30,6 +32,7 @@ from services import history
 log = logging.getLogger(__name__)
 
 TITLE_LENGTH = 60  # characters of a title made from the first words
+NO_MODEL = ""  # the fingerprint of a record whose text, as it stands, no model has made
 
 
 def conversation_not_found() -> NotFoundError:
@@ -128,23 +131,48 @@ def message(session: Session, owner_id: str, message_id: int) -> GenerationRecor
 
 
 def change_message(
-    session: Session, owner_id: str, message_id: int, request: MessageUpdate
+    session: Session,
+    owner_id: str,
+    message_id: int,
+    request: MessageUpdate,
+    tokens: Mapping[str, int] | None = None,
 ) -> GenerationRecord:
-    """Correct a message by hand. Raises NotFoundError, ConflictError while it is generated."""
-    given = request.model_dump(exclude_none=True)
-    names = {"prompt_content": "prompt", "response_content": "completion"}
+    """Correct a message by hand. ``tokens`` are those of the new texts, by the fields' names.
+
+    Raises NotFoundError, ConflictError while it is generated.
+    """
     with transaction(session):
         record = message(session, owner_id, message_id)
         if record.status not in TERMINAL:
             raise ConflictError("The message is being generated.", record_id=record.id)
         removal.separate(session, record)
-        for name, value in given.items():
-            setattr(record, names[name], value)
+        rewrite(record, request.model_dump(exclude_none=True), tokens or {})
         record.updated_at = datetime.now(UTC)
         session.flush()
         records.index_again(session, [record.id])
         touch(session, owner_id, record.conversation_id)
     return record
+
+
+def rewrite(record: GenerationRecord, given: Mapping[str, Any], tokens: Mapping[str, int]) -> None:
+    """Put other texts in the place of a message's own, and note that no model made them.
+
+    Each text's tokens change with it. Where they are not known, because no tokenizer is loaded,
+    the old number stays: an estimate is better than to refuse the change. A prompt's are its own
+    from then on, as of a message that was brought along; before, the thread's were among them.
+    """
+    columns = {
+        "prompt_content": ("prompt", "prompt_tokens"),
+        "response_content": ("completion", "completion_tokens"),
+    }
+    for field, text in given.items():
+        text_column, tokens_column = columns[field]
+        if text == getattr(record, text_column):
+            continue
+        setattr(record, text_column, text)
+        record.model_fingerprint = NO_MODEL
+        if field in tokens:
+            setattr(record, tokens_column, tokens[field])
 
 
 def delete_message(session: Session, owner_id: str, message_id: int) -> None:

@@ -20,6 +20,7 @@ from log import event
 from models import GenerationRecord, Status
 from repositories import conversations
 from services import history
+from services.conversations import NO_MODEL
 from services.generation import admitted
 from services.model_host import ModelHost
 from services.planning import CONTEXT_TURNS, Plan, Turn, fit_thread, turns_of
@@ -48,14 +49,11 @@ class Replay:
 def replay(
     session: Session, owner_id: str, record_id: int, models: ModelHost, timeout: float
 ) -> Replay:
-    """Raises NotFoundError, ConflictError for a record without a text, and what running raises."""
+    """Raises NotFoundError, ConflictError where no model made the text, and what running raises."""
     record = history.get(session, owner_id, record_id)
     thread = thread_before(session, record)
     release(session)  # no connection is held while the model runs
-    if record.text_removed_at is not None:
-        raise ConflictError("The record's text was removed: it was kept long enough.")
-    if record.status not in (Status.COMPLETED, Status.INCOMPLETE, Status.CANCELLED):
-        raise ConflictError("The record has no text to compare with.", record_id=record.id)
+    refuse_without_generated_text(record)
     model, engine = models.running()
     if (record.model_fingerprint, record.dtype) != (model.fingerprint, model.dtype):
         return Replay(record.id, Verdict.MODEL_CHANGED)
@@ -78,6 +76,20 @@ def replay(
     verdict = compare(model, plan.prompt_ids, record, again)
     event(log, logging.INFO, "record replayed", id=record.id, result=verdict.result.value)
     return verdict
+
+
+def refuse_without_generated_text(record: GenerationRecord) -> None:
+    """Raises ConflictError."""
+    if record.text_removed_at is not None:
+        raise ConflictError("The record's text was removed: it was kept long enough.")
+    if record.status not in (Status.COMPLETED, Status.INCOMPLETE, Status.CANCELLED):
+        raise ConflictError("The record has no text to compare with.", record_id=record.id)
+    if record.model_fingerprint == NO_MODEL:
+        raise ConflictError(
+            "This record's text was not generated as it stands: it was changed by hand, or came"
+            " from elsewhere.",
+            record_id=record.id,
+        )
 
 
 def thread_before(session: Session, record: GenerationRecord) -> list[Turn]:

@@ -26,7 +26,7 @@ from models import (
 )
 from repositories import conversations, records
 from services.accepting import TakenError
-from services.conversations import change_message, create, first_words, get
+from services.conversations import NO_MODEL, change_message, create, first_words, get
 from services.generation import Answer, GenerationService
 from services.idempotency import Key, once_of, once_values
 from services.live import Live
@@ -55,7 +55,10 @@ class Replies:
         """Change a message by hand. Raises ContentRefusedError, NotFoundError, ConflictError."""
         if request.prompt_content is not None:
             self.generation.content_filter.check(request.prompt_content)
-        return change_message(session, owner_id, message_id, request)
+        model = self.generation.models.model
+        given = request.model_dump(exclude_none=True)
+        tokens = {name: len(model.encode(text)) for name, text in given.items() if model}
+        return change_message(session, owner_id, message_id, request, tokens)
 
     def reply(
         self,
@@ -157,7 +160,7 @@ class Replies:
                     prompt=ask.prompt,
                     completion=response,
                     model_name=conversation.model_type,
-                    model_fingerprint="",
+                    model_fingerprint=NO_MODEL,
                     dtype="",
                     parameters={},
                     seed=0,
