@@ -15,6 +15,7 @@ from database import release, transaction
 from errors import KeyInUseError, KeyReusedError
 from models import FinishReason, GenerationRecord, Status
 from repositories import records
+from services.conversations import NO_MODEL
 
 CUT_SHORT = {FinishReason.INTERRUPTED, FinishReason.DISCONNECTED}
 
@@ -76,5 +77,8 @@ def first_try(
 
 
 def was_cut_short(record: GenerationRecord) -> bool:
-    """Whether neither the model nor its client ended it: then it is run again on its own row."""
-    return record.finish_reason in CUT_SHORT
+    """Whether neither the model nor its client ended it: then it is run again on its own row.
+
+    Not where somebody has changed the text by hand since: that would be lost.
+    """
+    return record.finish_reason in CUT_SHORT and record.model_fingerprint != NO_MODEL

@@ -156,6 +156,20 @@ def test_a_message_that_was_cut_short_is_answered_in_its_place(
     assert [message["id"] for message in service.get(url).json()] == [first["id"], later["id"]]
 
 
+def test_a_message_that_was_cut_short_and_then_corrected_keeps_the_correction(
+    service: TestClient, key: str
+) -> None:
+    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
+    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
+    body = {"prompt_content": "Hello", "max_length": 20}
+    first = service.post(url, json=body, headers=headers).json()
+    rewrite(service, first["id"], status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED)
+    path = f"/messages/{first['id']}"
+    corrected = service.put(path, json={"response_content": "Good day."}).json()
+    assert service.post(url, json=body, headers=headers).json()["id"] == first["id"]
+    assert service.get(path).json() == corrected
+
+
 def test_an_exchange_is_kept_once(service: TestClient, key: str) -> None:
     conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
     url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
