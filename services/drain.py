@@ -7,6 +7,7 @@ request body that never comes, say. So the deadline is kept here, from the signa
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -57,7 +58,8 @@ class Drain:
             threading.Thread(target=self.keep_deadline, name="drain", daemon=True).start()
         previous = self.previous.get(number)
         if callable(previous):
-            previous(number, frame)
+            asked = number == signal.SIGINT or not self.models.gave_up
+            previous(number if asked else failure_signal(), frame)
 
     def keep_deadline(self) -> None:
         """Where the server has not come to its end by the deadline, end it."""
@@ -79,3 +81,13 @@ class Drain:
             stored = self.live.wait_until_none(STORING_SECONDS)
             self.finished.set()
         event(log, logging.INFO, "drained", interrupted=running, all_stored=stored)
+
+
+def failure_signal() -> int:
+    """What to tell a server that ends because of the model, for the exit status to say so.
+
+    When all is done it raises the signal again that it heard of. From SIGTERM the process would
+    die as if that had been asked for; this one ends it with status 1.
+    """
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+    return signal.SIGUSR1

@@ -49,6 +49,7 @@ class ModelHost:
         self.engine: Engine | None = None
         self.model: LoadedModel | None = None
         self.failure: str | None = None
+        self.gave_up = False  # the process has to end, because of the model
         self.closed = False
         self.refusal: str | None = None
         self.lock = threading.Lock()
@@ -102,7 +103,11 @@ class ModelHost:
         self.failure = reason
         event(log, logging.ERROR, reason)
         if self.name is not None:
-            self.on_failure()
+            self.give_up()
+
+    def give_up(self) -> None:
+        self.gave_up = True
+        self.on_failure()
 
     def running(self) -> tuple["LoadedModel", "Engine"]:
         """Raises ModelNotReadyError, with the reason."""
@@ -135,7 +140,7 @@ class ModelHost:
             return
         self.refuse("it stopped after an error")
         event(log, logging.ERROR, "the engine died", reason=engine.failure)
-        self.on_failure()
+        self.give_up()
 
     def hangs(self, limit: float) -> bool:
         """Whether the step that runs now has been running for more than ``limit`` seconds."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from uvicorn.config import STARTUP_FAILURE
 
 from tests.service import ROOT, START_SECONDS, TINY, Server, free_port, in_process
 from tests.test_history import insert
@@ -36,32 +37,40 @@ def test_importing_main_starts_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def start_refused(tmp_path: Path, **environment: str) -> list[str]:
-    """The lines that name the cause, of a server that did not start."""
+UVICORN = ("-m", "uvicorn", "main:app")
+
+
+def start_refused(
+    tmp_path: Path, status: int, command: tuple[str, ...] = UVICORN, **environment: str
+) -> list[str]:
+    """The lines that name the cause, of a server that did not start or did not go on."""
     done = subprocess.run(
-        [sys.executable, "-m", "uvicorn", "main:app", "--port", str(free_port())],
+        [sys.executable, *command],
         cwd=ROOT,
         env=os.environ
         | {"DATABASE_URL": f"sqlite:///{tmp_path / 'records.db'}", "MODEL": TINY}
+        | dict.fromkeys(("PORT", "UVICORN_PORT"), str(free_port()))
         | environment,
         capture_output=True,
         text=True,
         timeout=START_SECONDS,
     )
-    assert done.returncode != 0
+    assert done.returncode == status
     assert "Traceback" not in done.stderr
     return [line for line in done.stderr.splitlines() if "INFO" not in line and line.strip()]
 
 
 def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path) -> None:
-    lines = start_refused(tmp_path, DTYPE="float8")
+    lines = start_refused(tmp_path, STARTUP_FAILURE, DTYPE="float8")
     assert len([line for line in lines if "DTYPE is not usable" in line]) == 1
     assert len(lines) <= 2  # the server adds that it exits
 
 
 def test_a_database_that_cannot_be_opened_stops_the_start_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    lines = start_refused(tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/file/records.db")
+    lines = start_refused(
+        tmp_path, STARTUP_FAILURE, DATABASE_URL=f"sqlite:///{tmp_path}/file/records.db"
+    )
     assert len([line for line in lines if "DATABASE_URL is not usable" in line]) == 1
     assert len(lines) <= 2
 
@@ -69,7 +78,7 @@ def test_a_database_that_cannot_be_opened_stops_the_start_with_one_line(tmp_path
 @pytest.mark.parametrize("model", ["./no-such-folder", "{tmp_path}"])
 def test_a_named_model_that_is_not_there_stops_the_server(tmp_path: Path, model: str) -> None:
     model = model.format(tmp_path=tmp_path)
-    lines = start_refused(tmp_path, MODEL=model)
+    lines = start_refused(tmp_path, 1, MODEL=model)
     assert len([line for line in lines if f"MODEL={model}" in line]) == 1
     assert len(lines) == 1
 
@@ -79,7 +88,7 @@ def test_a_broken_model_stops_the_server_with_one_line(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text("{")
     (folder / "model.safetensors").write_bytes(b"nothing")
-    lines = start_refused(tmp_path, MODEL=str(folder))
+    lines = start_refused(tmp_path, 1, ("main.py",), MODEL=str(folder))
     assert len([line for line in lines if "MODEL=broken did not load" in line]) == 1
     assert len(lines) == 1
 
