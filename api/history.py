@@ -1,7 +1,7 @@
 """History beyond the headline route: lists, a user's latest, deletion."""
 
 from typing import Annotated
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
@@ -134,5 +134,8 @@ def replay_record(
 
 
 def link_next_page(request: Request, response: Response, last_id: int) -> None:
+    """A `Link` to what follows ``last_id``. What `skip` left out lies before it: not again."""
     query = dict(request.query_params) | {"after": str(last_id)}
-    response.headers["Link"] = f'<{request.url.path}?{urlencode(query)}>; rel="next"'
+    query.pop("skip", None)
+    path = quote(request.scope["path"], safe="/")  # a header takes Latin-1, a link no spaces
+    response.headers["Link"] = f'<{path}?{urlencode(query)}>; rel="next"'

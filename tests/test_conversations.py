@@ -57,6 +57,13 @@ def test_conversations_are_listed_newest_first_by_offset_and_by_key(client: Test
     assert f"after={made[3]}" in by_key.headers["link"]
 
 
+def test_what_was_skipped_once_is_not_skipped_on_every_page(client: TestClient) -> None:
+    made = [new(client, title=f"Skip {n}")["id"] for n in range(5)][::-1]
+    first = client.get("/conversations?skip=1&take=2")
+    second = client.get(first.links["next"]["url"])
+    assert [found["id"] for found in first.json() + second.json()] == made[1:5]
+
+
 def test_a_reply_is_stored_as_a_message_of_its_conversation(client: TestClient) -> None:
     conversation = new(client, title="Reply")
     answer = say(client, conversation, "Who lives in the wood?")

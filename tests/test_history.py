@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from fastapi.testclient import TestClient
@@ -210,6 +211,16 @@ def test_a_users_history_is_the_last_ten(client: TestClient) -> None:
     assert [record["id"] for record in rest.json()] == made[:1]
     assert link(rest) is None
     assert client.get("/users/nobody/history").json() == []
+
+
+@pytest.mark.parametrize("user", ["анна", "a>b", "two words", "100%", "what?", "#1"])
+def test_the_link_leads_on_whatever_a_user_is_called(client: TestClient, user: str) -> None:
+    with sessions_of(client)() as session:
+        made = [insert(session, user_id=user) for _ in range(2)]
+    first = client.get(f"/users/{quote(user)}/history?limit=1")
+    assert [record["id"] for record in first.json()] == made[1:]
+    rest = client.get(str(link(first)))
+    assert [record["id"] for record in rest.json()] == made[:1]
 
 
 def test_delete_is_204_then_404(client: TestClient) -> None:
