@@ -385,9 +385,18 @@ def refuse_unstorable(text: str) -> str:
     return text
 
 
+def refuse_dots(user_id: str) -> str:
+    """Clients fold ``/users/a/../b`` to ``/users/b``: what such an id asks for is another's."""
+    if {".", ".."} & set(user_id.split("/")):
+        raise PydanticCustomError(
+            "dots_in_path", "A user id must not be . or .., nor have them between slashes"
+        )
+    return user_id
+
+
 # The plain pattern-free schema: that NUL is refused is said in words, not as a regular expression.
 CleanText = Annotated[str, AfterValidator(refuse_unstorable)]
-UserId = Annotated[CleanText, Field(min_length=1, max_length=200)]
+UserId = Annotated[CleanText, Field(min_length=1, max_length=200), AfterValidator(refuse_dots)]
 
 
 class SamplingOptions(BaseModel):

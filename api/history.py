@@ -46,7 +46,9 @@ def list_history(
     return items
 
 
-@router.get("/users/{user_id}/history", response_model=list[Record], responses=responses(400, 503))
+@router.get(
+    "/users/{user_id:path}/history", response_model=list[Record], responses=responses(400, 503)
+)
 def list_user_history(
     request: Request,
     response: Response,
@@ -64,7 +66,7 @@ def list_user_history(
 
 
 @router.post(
-    "/analyze/{user_id}",
+    "/analyze/{user_id:path}",
     response_model=Analysis,
     responses=responses(400, 409, 413, 500, 503, 504),
 )
@@ -98,7 +100,7 @@ def delete_record(record_id: RecordId, session: DbSession, owner: Owner) -> None
     history.delete(session, owner, record_id)
 
 
-@router.delete("/users/{user_id}", responses=responses(503))
+@router.delete("/users/{user_id:path}", responses=responses(503))
 def erase_user(user_id: UserId, owner: Owner, service: Generation) -> erasure.Erased:
     """Delete every record of a user, pinned or running ones too, and the conversations that were
     theirs alone. `cleared`: nothing of it is left in a SQLite file, its log or its index.

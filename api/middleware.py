@@ -69,7 +69,7 @@ def counters(route: str, method: str, status: int) -> tuple[Counter, Histogram]:
 
 def report(scope: Scope, status: int, seconds: float) -> None:
     """One log line and the counters of a request, by its route's template: a path has ids."""
-    route = getattr(scope.get("route"), "path", "unknown")
+    route = getattr(scope.get("route"), "path_format", "unknown")
     requests, latency = counters(route, scope["method"], status)
     requests.inc()
     latency.observe(seconds)

@@ -194,14 +194,21 @@ def test_ten_megabytes_are_413_over_a_socket(tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/history").json() == []
 
 
-@pytest.mark.parametrize("path", ["/zyxcanary", "/history/1/zyxcanary", "/users", "//"])
+@pytest.mark.parametrize("path", ["/zyxcanary", "/history/1/zyxcanary", "/user", "//"])
 def test_an_unknown_address_is_404(client: TestClient, path: str) -> None:
     assert body_of(client.get(path), 404, "not_found")["detail"] == "Not Found"
 
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/generate"), ("PUT", "/history/1"), ("POST", "/history"), ("DELETE", "/metrics")],
+    [
+        ("GET", "/generate"),
+        ("PUT", "/history/1"),
+        ("POST", "/history"),
+        ("DELETE", "/metrics"),
+        ("GET", "/users"),
+        ("GET", "/users/a/b"),
+    ],
 )
 def test_a_wrong_method_is_405(client: TestClient, method: str, path: str) -> None:
     body_of(client.request(method, path), 405, "method_not_allowed")

@@ -223,6 +223,38 @@ def test_the_link_leads_on_whatever_a_user_is_called(client: TestClient, user: s
     assert [record["id"] for record in rest.json()] == made[:1]
 
 
+@pytest.mark.parametrize("user", ["org/anna", "/", "org/anna/history", "a//b", "a.b/..c", "..."])
+@pytest.mark.parametrize("kept", ["/", ""])
+def test_a_user_id_may_hold_slashes(client: TestClient, user: str, kept: str) -> None:
+    made = client.post("/generate", json={"prompt": "Once", "user_id": user}).json()
+    path = quote(user, safe=kept)
+    found = client.get(f"/users/{path}/history").json()
+    assert [record["id"] for record in found] == [made["id"]]
+    assert client.post(f"/analyze/{path}", json={"text": "Once"}).status_code == 200
+    assert client.delete(f"/users/{path}").json()["records"] == 2
+    assert client.get(f"/users/{path}/history").json() == []
+
+
+@pytest.mark.parametrize("user", [".", "..", "a/../b", "./a", "a/."])
+def test_a_user_id_that_clients_fold_out_of_paths_is_422(client: TestClient, user: str) -> None:
+    path = quote(user, safe="").replace(".", "%2E")
+    answers = [
+        client.post("/generate", json={"prompt": "Once", "user_id": user}),
+        client.request("DELETE", f"/users/{path}"),
+    ]
+    for answer in answers:
+        assert answer.status_code == 422
+        assert "must not be . or .." in answer.json()["detail"][0]["msg"]
+
+
+def test_the_document_names_a_users_paths_plainly(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/users/{user_id}/history", "/users/{user_id}", "/analyze/{user_id}"):
+        (operation,) = paths[path].values()
+        (parameter, *_) = operation["parameters"]
+        assert (parameter["name"], parameter["in"]) == ("user_id", "path")
+
+
 def test_delete_is_204_then_404(client: TestClient) -> None:
     with sessions_of(client)() as session:
         record = insert(session)
