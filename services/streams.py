@@ -23,6 +23,7 @@ from services.generation import Answer
 from services.live import Live, LiveGenerations
 
 POLL_SECONDS = 0.5
+LARGEST_ID = 2**63 - 1
 PLACE = re.compile(r"([1-9][0-9]{0,18}):([0-9]{1,18}|end)", re.ASCII)
 
 
@@ -43,6 +44,8 @@ class Place:
         if (found := PLACE.fullmatch(text)) is None:
             raise ValueError("not the id of an event")
         record_id, offset = found.groups()
+        if int(record_id) > LARGEST_ID:
+            raise ValueError("not the id of a record")
         return cls(int(record_id), None if offset == "end" else int(offset))
 
 

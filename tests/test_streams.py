@@ -118,6 +118,17 @@ def test_an_id_that_is_no_place_is_refused(server: Server) -> None:
     assert httpx.get(f"{server.url}/history/999999/stream").status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/text/generate/stream?prompt=Once", "/history/1/stream"])
+@pytest.mark.parametrize("place", ["0", "end"])
+def test_an_event_of_no_possible_record_is_refused(
+    client: TestClient, path: str, place: str
+) -> None:
+    answer = client.get(path, headers={"Last-Event-ID": f"{2**63}:{place}"})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    largest = client.get(path, headers={"Last-Event-ID": f"{2**63 - 1}:0"})
+    assert largest.status_code in (404, 422)
+
+
 def test_a_browser_that_comes_back_goes_on_and_begins_nothing(server: Server) -> None:
     path = "/text/generate/stream?prompt=Once+upon+a+time"
     with httpx.stream("GET", server.url + path, timeout=60) as answer:
