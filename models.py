@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     WithJsonSchema,
@@ -373,7 +374,9 @@ class Secret(Base):
     value: Mapped[str] = mapped_column(String(64))
 
 
-def refuse_unstorable(text: str) -> str:
+def refuse_unstorable(text: object) -> object:
+    if not isinstance(text, str):
+        return text
     if "\0" in text:
         raise PydanticCustomError("nul_character", "Text must not contain NUL characters")
     try:
@@ -394,9 +397,12 @@ def refuse_dots(user_id: str) -> str:
     return user_id
 
 
-# The plain pattern-free schema: that NUL is refused is said in words, not as a regular expression.
-CleanText = Annotated[str, AfterValidator(refuse_unstorable)]
-UserId = Annotated[CleanText, Field(min_length=1, max_length=200), AfterValidator(refuse_dots)]
+# A plain pattern-free schema: that NUL is refused is said in words, not as a regular expression.
+# It comes after the lengths of a text, which would else be told in items and not in characters.
+STORABLE = BeforeValidator(refuse_unstorable)
+UserId = Annotated[str, Field(min_length=1, max_length=200), STORABLE, AfterValidator(refuse_dots)]
+Prompt = Annotated[str, Field(min_length=1, max_length=500), STORABLE]
+SomeText = Annotated[str, Field(min_length=1, max_length=100_000), STORABLE]
 
 
 class SamplingOptions(BaseModel):
@@ -418,7 +424,7 @@ class SamplingOptions(BaseModel):
         None, strict=True, ge=0, le=2**63 - 1, description="Drawn and stored when left out."
     )
     stop: Annotated[
-        list[Annotated[CleanText, Field(min_length=1, max_length=100)]], Field(max_length=4)
+        list[Annotated[str, Field(min_length=1, max_length=100), STORABLE]], Field(max_length=4)
     ] = Field(default_factory=list, description="The text ends before the first of these.")
     use_cache: bool = Field(
         False,
@@ -428,13 +434,13 @@ class SamplingOptions(BaseModel):
 
 
 class GenerateRequest(SamplingOptions):
-    prompt: Annotated[CleanText, Field(min_length=1, max_length=500)]
+    prompt: Prompt
 
 
 class AnalyzeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    text: Annotated[CleanText, Field(min_length=1, max_length=100_000)]
+    text: SomeText
     use_cache: bool = Field(True, strict=True)
 
 
@@ -521,7 +527,7 @@ def refuse_nonsense(search: str) -> str:
     return search
 
 
-Search = Annotated[CleanText, Field(max_length=500), AfterValidator(refuse_nonsense)]
+Search = Annotated[str, Field(max_length=500), STORABLE, AfterValidator(refuse_nonsense)]
 
 
 class HistoryQuery(Page):
@@ -529,7 +535,7 @@ class HistoryQuery(Page):
 
     user_id: UserId | None = None
     status: Status | None = None
-    model_name: Annotated[CleanText, Field(max_length=200)] | None = None
+    model_name: Annotated[str, Field(max_length=200), STORABLE] | None = None
     created_after: Moment | None = Field(None, description="Without an offset it is UTC.")
     created_before: Moment | None = Field(None, description="Without an offset it is UTC.")
     q: Search | None = Field(None, description=SEARCH_HELP)
@@ -544,8 +550,8 @@ class HistoryQuery(Page):
         return self
 
 
-Title = Annotated[CleanText, Field(min_length=1, max_length=200)]
-MessageText = Annotated[CleanText, Field(max_length=100_000)]
+Title = Annotated[str, Field(min_length=1, max_length=200), STORABLE]
+MessageText = Annotated[str, Field(max_length=100_000), STORABLE]
 
 
 class StatisticsQuery(BaseModel):
@@ -592,7 +598,7 @@ class ConversationCreate(BaseModel):
 
     title: Title | None = None
     model_type: Title | None = Field(None, description="The running model when left out.")
-    initial_prompt: Annotated[MessageText, Field(min_length=1)] | None = Field(
+    initial_prompt: SomeText | None = Field(
         None, description="The model suggests a title from it when none is given."
     )
 
@@ -633,7 +639,7 @@ class ConversationQuery(BaseModel):
 
 
 class MessageCreate(SamplingOptions):
-    prompt_content: Annotated[MessageText, Field(min_length=1)]
+    prompt_content: SomeText
     response_content: MessageText | None = Field(
         None, description="Given, the exchange is stored as it is and nothing is generated."
     )
@@ -650,14 +656,14 @@ class MessagePage(Page):
 class TextStreamQuery(OnDisconnect):
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Annotated[CleanText, Field(min_length=1, max_length=500)]
+    prompt: Prompt
     conversation_id: int | None = Field(None, ge=1, le=2**63 - 1)
 
 
 class MessageUpdate(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    prompt_content: Annotated[MessageText, Field(min_length=1)] | None = None
+    prompt_content: SomeText | None = None
     response_content: MessageText | None = None
 
 

@@ -157,6 +157,64 @@ def test_a_wrong_value_is_422_and_not_repeated(client: TestClient, body: dict[st
     assert all(set(item) == {"type", "loc", "msg"} for item in found["detail"])
 
 
+TEXTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("POST", "/generate", {"prompt": 500}),
+    ("POST", "/generate", {"user_id": 200}),
+    ("POST", "/generate", {"stop": 100}),
+    ("POST", "/generate/stream", {"prompt": 500}),
+    ("POST", "/analyze/anna", {"text": 100_000}),
+    ("POST", "/conversations", {"title": 200}),
+    ("POST", "/conversations", {"model_type": 200}),
+    ("POST", "/conversations", {"initial_prompt": 100_000}),
+    ("PUT", "/conversations/1", {"title": 200}),
+    ("POST", "/conversations/1/messages", {"prompt_content": 100_000}),
+    ("PUT", "/messages/1", {"prompt_content": 100_000}),
+    ("GET", "/history", {"user_id": 200}),
+    ("GET", "/text/generate/stream", {"prompt": 500}),
+]
+LONG_TEXTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("POST", "/conversations/1/messages", {"response_content": 100_000}),
+    ("GET", "/history", {"model_name": 200}),
+    ("GET", "/history", {"q": 500}),
+    ("GET", "/conversations", {"q": 500}),
+]
+
+
+def message_of(client: TestClient, method: str, path: str, field: str, text: str) -> str:
+    """What is said of a field that holds a text, in a list where it takes one."""
+    if method == "GET":
+        answer = client.get(path, params={field: text})
+    else:
+        value = [text] if field == "stop" else text
+        answer = client.request(method, path, json={field: value})
+    found = body_of(answer, 422, "validation_error")["detail"]
+    (message,) = [item["msg"] for item in found if field in item["loc"]]
+    return str(message)
+
+
+@pytest.mark.parametrize(("method", "path", "longest"), TEXTS)
+def test_an_empty_text_is_told_in_characters(
+    client: TestClient, method: str, path: str, longest: dict[str, int]
+) -> None:
+    (field,) = longest
+    message = message_of(client, method, path, field, "")
+    assert message == "String should have at least 1 character"
+
+
+@pytest.mark.parametrize(("method", "path", "longest"), TEXTS + LONG_TEXTS)
+def test_a_text_that_is_too_long_is_told_in_characters(
+    client: TestClient, method: str, path: str, longest: dict[str, int]
+) -> None:
+    ((field, count),) = longest.items()
+    message = message_of(client, method, path, field, "a" * (count + 1))
+    assert message == f"String should have at most {count} characters"
+
+
+def test_an_empty_user_in_a_path_is_told_in_characters(client: TestClient) -> None:
+    found = body_of(client.get("/users//history"), 422, "validation_error")["detail"]
+    assert found[0]["msg"] == "String should have at least 1 character"
+
+
 def test_a_stream_refuses_what_generate_refuses(client: TestClient) -> None:
     answer = client.post("/generate/stream", json={"prompt": "Once", "on_disconnect": "zyxcanary"})
     body_of(answer, 422, "validation_error")
