@@ -27,6 +27,8 @@ CODES = {
     422: "validation_error",
 }
 REPORTED_ERRORS = 20  # of a request with thousands
+UNREADABLE = "The body could not be read as JSON in UTF-8, or it nests too deeply for that."
+NOT_SENT_AS_JSON = "Send the body as JSON, with the header Content-Type: application/json."
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -77,11 +79,15 @@ def http_error(_: Request, error: Exception) -> Response:
     if error.status_code == 204:
         return Response(status_code=204)
     code = CODES.get(error.status_code, "http_error")
-    return JSONResponse(body(code, error.detail), error.status_code, error.headers)
+    # Nobody raises a bare 400 but FastAPI, for a body that it cannot read.
+    detail = UNREADABLE if error.status_code == 400 else error.detail
+    return JSONResponse(body(code, detail), error.status_code, error.headers)
 
 
 def validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    if isinstance(error.body, bytes):  # as it came: what is said to be JSON has been read by now
+        return JSONResponse(body(CODES[415], NOT_SENT_AS_JSON), 415)
     found = validation_body(error.errors())
     return JSONResponse(found, 400 if found["code"] == CODES[400] else 422)
 

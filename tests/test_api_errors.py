@@ -64,7 +64,29 @@ def test_a_body_that_is_no_request_is_422(client: TestClient, content: bytes) ->
     ids=["utf16", "byte", "key", "lists", "objects", "closed", "digits"],
 )
 def test_a_body_that_cannot_be_read_is_400(client: TestClient, content: bytes) -> None:
-    body_of(post(client, content), 400, "bad_request")
+    found = body_of(post(client, content), 400, "bad_request")
+    assert "could not be read as JSON in UTF-8" in found["detail"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream", "/analyze/anna"])
+@pytest.mark.parametrize(
+    "sent_as", [None, "application/x-www-form-urlencoded", "text/plain", "nonsense"]
+)
+@pytest.mark.parametrize("content", [b'{"prompt": "Once"}', b"zyxcanary"])
+def test_a_body_that_is_not_sent_as_json_is_415(
+    client: TestClient, content: bytes, sent_as: str | None, path: str
+) -> None:
+    headers = {} if sent_as is None else {"Content-Type": sent_as}
+    answer = client.post(path, content=content, headers=headers)
+    found = body_of(answer, 415, "unsupported_media_type")
+    assert "Content-Type: application/json" in found["detail"]
+
+
+@pytest.mark.parametrize("sent_as", ["application/json; charset=utf-8", "Application/JSON"])
+def test_json_may_be_told_in_many_ways(client: TestClient, sent_as: str) -> None:
+    headers = {"Content-Type": sent_as}
+    answer = client.post("/generate", content=b'{"prompt": "Once"}', headers=headers)
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize(
