@@ -1,4 +1,4 @@
-"""Is it alive, is it ready, how much has it done."""
+"""Is it alive, is it ready, how much has it done. Monitors ask with HEAD as well as GET."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from services import readiness
 router = APIRouter(tags=["operations"])
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", responses={503: {"description": "The model hangs"}})
 async def live(request: Request, response: Response) -> dict[str, str]:
     """The process answers. On the event loop: it needs no free thread."""
@@ -20,6 +21,7 @@ async def live(request: Request, response: Response) -> dict[str, str]:
     return {"status": "alive"}
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", responses={503: {"description": "Not ready, with the reasons"}})
 def ready(request: Request, response: Response) -> dict[str, Any]:
     """The database takes writes and the model is loaded."""
@@ -31,6 +33,7 @@ def ready(request: Request, response: Response) -> dict[str, Any]:
     return report
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", response_class=Response)
 async def prometheus_metrics() -> Response:
     """Counters in Prometheus' text format."""

@@ -294,6 +294,14 @@ def test_a_wrong_method_is_405(client: TestClient, method: str, path: str) -> No
     body_of(client.request(method, path), 405, "method_not_allowed")
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])
+def test_a_monitor_may_ask_for_the_head_alone(client: TestClient, path: str) -> None:
+    answer = client.head(path)
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == client.get(path).headers["Content-Type"]
+    assert "head" not in client.get("/openapi.json").json()["paths"][path]
+
+
 @pytest.mark.parametrize("action", ["", "/stream", "/cancel", "/replay"])
 @pytest.mark.parametrize("number", [0, -1, 2**63, 10**30, "zyxcanary", "1.5", "%F0%9F%98%80"])
 def test_an_id_that_cannot_be_is_422(client: TestClient, number: int | str, action: str) -> None:
