@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
@@ -74,6 +75,22 @@ def storage_error(request: Request, error: Exception) -> JSONResponse:
     return service_error(request, StorageUnavailableError())
 
 
+def event_body(error: Exception) -> dict[str, Any]:
+    """What the handlers would answer, for an event: on a WebSocket they have no answer to give."""
+    match error:
+        case ServiceError():
+            return error_body(error)
+        case ValidationError():
+            return validation_body(error.errors())
+        case HTTPException():
+            return body(CODES[error.status_code], error.detail)
+        case DBAPIError() | PoolTimeoutError():
+            logs.event(log, logging.ERROR, "database failed", error=kind(error))
+            return error_body(StorageUnavailableError())
+    log.error("request failed", exc_info=error)
+    return body("internal_error", ServiceError.detail)
+
+
 def http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 204:
@@ -93,7 +110,11 @@ def validation_error(_: Request, error: Exception) -> JSONResponse:
 
 
 def internal_error() -> JSONResponse:
-    return JSONResponse(body("internal_error", "Something went wrong on our side."), 500)
+    return JSONResponse(body("internal_error", ServiceError.detail), 500)
+
+
+def body_too_large(limit: int) -> HTTPException:
+    return HTTPException(413, f"The body is larger than {limit} bytes.")
 
 
 def safe(part: str | int) -> str | int:

@@ -7,13 +7,12 @@ import secrets
 import time
 from functools import cache
 
-from fastapi import HTTPException
 from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import log as logs
 import metrics
-from api.errors import internal_error
+from api.errors import body_too_large, internal_error
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +26,14 @@ class RequestContext:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await self.answer(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self.converse(scope, receive, send)
+        else:
             await self.app(scope, receive, send)
-            return
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = request_id_of(scope)
         token = logs.request_id.set(request_id)
         began, status = time.perf_counter(), 0
@@ -38,8 +42,7 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = message.get("headers", ())
-                message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
+                add_request_id(message, request_id)
             await send(message)
 
         try:
@@ -52,6 +55,27 @@ class RequestContext:
         finally:
             report(scope, status, time.perf_counter() - began)
             logs.request_id.reset(token)
+
+
+    async def converse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """All that is said on a WebSocket has the id of its handshake."""
+        request_id = request_id_of(scope)
+        token = logs.request_id.set(request_id)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "websocket.accept":
+                add_request_id(message, request_id)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            logs.request_id.reset(token)
+
+
+def add_request_id(message: Message, request_id: str) -> None:
+    headers = message.get("headers", ())
+    message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
 
 
 def request_id_of(scope: Scope) -> str:
@@ -108,7 +132,7 @@ class BodyLimit:
             while message.get("more_body") and received <= limit * 64:
                 message = await receive()
                 received += len(message.get("body", b""))
-            raise HTTPException(413, f"The body is larger than {limit} bytes.")
+            raise body_too_large(limit)
 
         await self.app(scope, bounded, send)
 

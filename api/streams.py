@@ -6,13 +6,13 @@ event nothing more comes: that is a 204, at which a browser's ``EventSource`` st
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Response, WebSocket
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
 from api.dependencies import (
@@ -23,9 +23,9 @@ from api.dependencies import (
     StreamService,
     tell_replayed,
 )
-from api.errors import error_body, responses, validation_body
+from api.errors import body_too_large, error_body, event_body, responses
 from api.history import RecordId
-from errors import InvalidRequestError, ServiceError
+from errors import InvalidRequestError
 from models import LOCAL_OWNER, GenerationRecord, Record, StreamRequest
 from services import history
 from services.generation import Answer, GenerationService
@@ -118,27 +118,36 @@ def cancel(
 async def generate_socket(socket: WebSocket) -> None:
     """Each message is a request as for `POST /generate/stream`; its events come as messages."""
     await socket.accept()
-    try:
+    with suppress(WebSocketDisconnect):
         while True:
-            await answer(socket, await socket.receive_text())
-    except WebSocketDisconnect:
-        pass
+            await answer(socket, await socket.receive())
 
 
-async def answer(socket: WebSocket, message: str) -> None:
+async def answer(socket: WebSocket, message: Message) -> None:
+    """Play a request, or say what is wrong with it: the next one is as welcome."""
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message["code"])
     try:
-        request = StreamRequest.model_validate_json(message)
+        request = request_of(message, socket.app.state.settings.max_body_bytes)
         begun = await run_in_threadpool(begin_alone, socket, request)
-    except ValidationError as error:
-        await socket.send_json({"event": "error", "data": validation_body(error.errors())})
-        return
-    except ServiceError as error:
-        await socket.send_json({"event": "error", "data": error_body(error)})
-        return
-    async with aclosing(socket.app.state.streams.play(begun)) as events:
-        async for event in events:
-            name, data = shape(event)
-            await socket.send_json({"event": name, "id": str(event.place), "data": data})
+        async with aclosing(socket.app.state.streams.play(begun)) as events:
+            async for event in events:
+                name, data = shape(event)
+                await socket.send_json({"event": name, "id": str(event.place), "data": data})
+    except WebSocketDisconnect:
+        raise
+    except Exception as error:
+        await socket.send_json({"event": "error", "data": event_body(error)})
+
+
+def request_of(message: Message, limit: int) -> StreamRequest:
+    """Raises InvalidRequestError, HTTPException and pydantic's ValidationError."""
+    text = message.get("text")
+    if text is None:
+        raise InvalidRequestError("Send the request as a text message, not a binary one.")
+    if len(text.encode()) > limit:
+        raise body_too_large(limit)
+    return StreamRequest.model_validate_json(text)
 
 
 def begin_alone(socket: WebSocket, request: StreamRequest) -> Live | Answer:

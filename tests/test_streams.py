@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from websockets.sync.client import connect
 
-from tests.service import Server, serving
+from tests.service import Server, in_process, ready, serving
 from tests.sse import Event, events, text_of
 
 PROMPT: dict[str, Any] = {"prompt": "Once upon a time", "max_length": 60, "seed": 7}
@@ -243,6 +244,54 @@ def test_a_socket_carries_the_same_events(client: TestClient) -> None:
         assert socket.receive_json()["data"]["code"] == "validation_error"
         socket.send_text('{"prompt": "hate"}')
         assert socket.receive_json()["data"]["code"] == "content_refused"
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ({"bytes": b'{"prompt": "Once"}'}, "invalid_request"),
+        ({"text": "{"}, "validation_error"),
+        ({"text": '{"prompt": "' + "\u00e9" * 524_288 + '"}'}, "body_too_large"),
+    ],
+    ids=["binary", "no JSON", "too large"],
+)
+def test_a_bad_message_is_told_and_the_next_one_is_answered(
+    client: TestClient, message: dict[str, Any], code: str
+) -> None:
+    with client.websocket_connect("/ws/generate", headers={"X-Request-ID": "mine"}) as socket:
+        socket.send({"type": "websocket.receive"} | message)
+        error = socket.receive_json()
+        assert (error["event"], error["data"]["code"]) == ("error", code)
+        assert set(error["data"]) == {"detail", "code", "request_id"}
+        assert error["data"]["request_id"] == "mine"
+        socket.send_text('{"prompt": "Once"}')
+        assert socket.receive_json()["event"] == "start"
+
+
+def rename(database: Path, table: str, name: str) -> None:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute(f"ALTER TABLE {table} RENAME TO {name}")
+
+
+def test_a_database_that_fails_is_told_on_a_socket(tmp_path: Path) -> None:
+    database = tmp_path / "records.db"
+    with in_process(DATABASE_URL=f"sqlite:///{database}") as own:
+        ready(own)
+        rename(database, "generation_records", "elsewhere")
+        with own.websocket_connect("/ws/generate") as socket:
+            socket.send_text('{"prompt": "Once", "use_cache": true}')
+            assert socket.receive_json()["data"]["code"] == "storage_unavailable"
+        rename(database, "elsewhere", "generation_records")
+
+
+def test_a_handshake_is_answered_with_its_request_id(server: Server) -> None:
+    with connect(server.url.replace("http", "ws") + "/ws/generate") as socket:
+        assert socket.response is not None
+        given = socket.response.headers["X-Request-ID"]
+        socket.send(b"\xff")
+        assert json.loads(socket.recv(timeout=60))["data"]["request_id"] == given != ""
+    log = server.log.read_text()
+    assert "Traceback" not in log
 
 
 def test_a_replayed_record_is_identical(client: TestClient) -> None:
