@@ -52,6 +52,11 @@ class ConsoleFormatter(logging.Formatter):
         return line
 
 
+def is_no_handshake(record: logging.LogRecord) -> bool:
+    """Uvicorn logs a WebSocket's handshake with its query string, beside what is worth reading."""
+    return '"WebSocket %s"' not in str(record.msg)
+
+
 def configure(style: str, level: str) -> None:
     """Send every log through one handler. Uvicorn's access log goes: it prints query strings."""
     handler = logging.StreamHandler()
@@ -65,6 +70,10 @@ def configure(style: str, level: str) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+    logging.getLogger("uvicorn.error").addFilter(is_no_handshake)
+    for name in ("uvicorn.error", "uvicorn.asgi"):
+        if (logger := logging.getLogger(name)).isEnabledFor(logging.DEBUG):
+            logger.setLevel(logging.INFO)  # below they print what a WebSocket says, and addresses
     access = logging.getLogger("uvicorn.access")
     access.handlers.clear()
     access.propagate = False  # with no handler in sight, uvicorn does not even make the line
