@@ -23,6 +23,7 @@ CODES = {
     400: "bad_request",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "body_too_large",
     415: "unsupported_media_type",
     422: "validation_error",
@@ -30,6 +31,7 @@ CODES = {
 REPORTED_ERRORS = 20  # of a request with thousands
 UNREADABLE = "The body could not be read as JSON in UTF-8, or it nests too deeply for that."
 NOT_SENT_AS_JSON = "Send the body as JSON, with the header Content-Type: application/json."
+CLOSE = {"Connection": "close"}  # what may come yet is the rest of a body that nobody reads
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -91,7 +93,7 @@ def event_body(error: Exception) -> dict[str, Any]:
     return body("internal_error", ServiceError.detail)
 
 
-def http_error(_: Request, error: Exception) -> Response:
+def http_error(_: Request | None, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 204:
         return Response(status_code=204)
@@ -114,7 +116,12 @@ def internal_error() -> JSONResponse:
 
 
 def body_too_large(limit: int) -> HTTPException:
-    return HTTPException(413, f"The body is larger than {limit} bytes.")
+    return HTTPException(413, f"The body is larger than {limit} bytes.", CLOSE)
+
+
+def body_too_late(seconds: float) -> HTTPException:
+    detail = f"Nothing more of the body came for {seconds:g} seconds. Send the request again."
+    return HTTPException(408, detail, CLOSE)
 
 
 def safe(part: str | int) -> str | int:

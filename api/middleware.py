@@ -5,14 +5,16 @@ import logging
 import re
 import secrets
 import time
+from contextlib import suppress
 from functools import cache
 
 from prometheus_client import Counter, Histogram
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import log as logs
 import metrics
-from api.errors import body_too_large, internal_error
+from api.errors import body_too_large, body_too_late, http_error, internal_error
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,6 @@ class RequestContext:
         finally:
             report(scope, status, time.perf_counter() - began)
             logs.request_id.reset(token)
-
 
     async def converse(self, scope: Scope, receive: Receive, send: Send) -> None:
         """All that is said on a WebSocket has the id of its handshake."""
@@ -109,8 +110,49 @@ def report(scope: Scope, status: int, seconds: float) -> None:
     )
 
 
+class Body:
+    """The body of one request as it comes: HTTPException 413 where it is too large, and 408 where
+    the next piece of it does not come in time."""
+
+    def __init__(self, source: Receive, limit: int, patience: float) -> None:
+        self.source = source
+        self.limit = limit
+        self.patience = patience
+        self.received = 0
+        self.ended = False
+        self.answered = False  # who is being sent an answer need not have said all
+
+    async def receive(self) -> Message:
+        if self.ended or self.answered:
+            return await self.source()
+        message = await self.piece()
+        if self.received > self.limit:
+            await self.skip()
+            raise body_too_large(self.limit)
+        return message
+
+    async def piece(self) -> Message:
+        try:
+            async with asyncio.timeout(self.patience):
+                message = await self.source()
+        except TimeoutError:
+            if self.answered:
+                return await self.source()
+            self.ended = True
+            raise body_too_late(self.patience) from None
+        self.received += len(message.get("body", b""))
+        self.ended = not message.get("more_body", False)
+        return message
+
+    async def skip(self) -> None:
+        """Read on, up to a point: who is still sending would not see an answer."""
+        with suppress(HTTPException):
+            while not self.ended and self.received <= self.limit * 64:
+                await self.piece()
+
+
 class BodyLimit:
-    """Answer 413 for a body over MAX_BODY_BYTES, read to its end but not kept."""
+    """Bound what a body takes: MAX_BODY_BYTES, and SLOW_READER_SECONDS for its next piece."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -119,22 +161,39 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = scope["app"].state.settings.max_body_bytes
-        received = 0
+        settings = scope["app"].state.settings
+        body = Body(receive, settings.max_body_bytes, settings.slow_reader_seconds)
 
-        async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if message["type"] != "http.request" or received <= limit:
-                return message
-            # A client that is still sending would not see an answer: let it finish, up to a point.
-            while message.get("more_body") and received <= limit * 64:
-                message = await receive()
-                received += len(message.get("body", b""))
-            raise body_too_large(limit)
+        async def noted(message: Message) -> None:
+            body.answered = True
+            await send(message)
 
-        await self.app(scope, bounded, send)
+        if announced_bytes(scope) > body.limit:
+            await refuse(scope, body, send)
+        else:
+            await self.app(scope, body.receive, noted)
+
+
+def announced_bytes(scope: Scope) -> int:
+    """How long a body will be; 0 where it is not said."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value[:20])
+    return 0
+
+
+async def refuse(scope: Scope, body: Body, send: Send) -> None:
+    """Answer before anything has come, so that who asked whether to send need not. The answer is
+    ended when the rest was skipped: then the connection closes, which would lose it before."""
+
+    async def unended(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message["more_body"] = True
+        await send(message)
+
+    await http_error(None, body_too_large(body.limit))(scope, body.source, unended)
+    await body.skip()
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class SlowReaderLimit:
