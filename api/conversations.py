@@ -16,7 +16,7 @@ from api.dependencies import (
     reader_of,
     tell_replayed,
 )
-from api.errors import responses
+from api.errors import responses, stream_responses
 from api.history import link_next_page
 from api.shapes import shaped
 from api.streams import NOTHING_MORE, LastPlace, sent
@@ -71,7 +71,7 @@ def list_conversations(
     "/conversations",
     status_code=201,
     response_model=ConversationOut,
-    responses=responses(400, 503),
+    responses=responses(400, 413, 503),
 )
 def create_conversation(
     request: ConversationCreate, session: DbSession, owner: Owner, replies: ReplyService
@@ -95,7 +95,7 @@ async def get_conversation(
     "/conversations/{conversation_id}",
     status_code=202,
     response_model=ConversationOut,
-    responses=responses(400, 404, 503),
+    responses=responses(400, 404, 413, 503),
 )
 def update_conversation(
     conversation_id: ConversationId, request: ConversationUpdate, session: DbSession, owner: Owner
@@ -170,7 +170,7 @@ def begin_reply(
 @router.post(
     "/conversations/{conversation_id}/messages/stream",
     response_class=EventSourceResponse,
-    responses=responses(400, 404, 409, 413, 500, 503, 504),
+    responses=stream_responses(400, 404, 409, 413, 500, 503, 504),
 )
 async def stream_message(
     begun: Annotated[Live | Answer, Depends(begin_reply)], service: StreamService
@@ -189,7 +189,7 @@ def get_message(message_id: MessageId, session: DbSession, owner: Owner) -> Gene
     "/messages/{message_id}",
     status_code=202,
     response_model=Message,
-    responses=responses(400, 404, 409, 503),
+    responses=responses(400, 404, 409, 413, 503),
 )
 def update_message(
     message_id: MessageId,
@@ -229,7 +229,7 @@ def begin_text(
 @router.get(
     "/text/generate/stream",
     response_class=EventSourceResponse,
-    responses=NOTHING_MORE | responses(400, 404, 409, 500, 503, 504),
+    responses=NOTHING_MORE | stream_responses(400, 404, 409, 500, 503, 504),
 )
 async def stream_text(
     events: Annotated[AsyncGenerator[Event], Depends(begin_text)],

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -35,8 +36,20 @@ CLOSE = {"Connection": "close"}  # what may come yet is the rest of a body that 
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The error answers of a route, for the OpenAPI document."""
-    return {status: {"model": ErrorBody} for status in statuses}
+    """The error answers of a route, for the OpenAPI document: what it takes may always be wrong,
+    and a body too large, too late, or not JSON."""
+    always = {408, 415, 422} if 413 in statuses else {422}
+    return {status: {"model": ErrorBody} for status in sorted(always.union(statuses))}
+
+
+def stream_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same of a route whose answers are streams: its errors are none."""
+    json = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": json}
+        for status in responses(*statuses)
+        if isinstance(status, int)
+    }
 
 
 def body(code: str, detail: object, record_id: int | None = None) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def unpin_record(record_id: RecordId, session: DbSession, owner: Owner) -> None:
     history.pin(session, owner, record_id, False)
 
 
-@router.post("/history/{record_id}/replay", responses=responses(404, 409, 503))
+@router.post("/history/{record_id}/replay", responses=responses(404, 409, 500, 503, 504))
 def replay_record(
     record_id: RecordId, session: DbSession, owner: Owner, service: Generation
 ) -> replay.Replay:

@@ -23,7 +23,7 @@ from api.dependencies import (
     StreamService,
     tell_replayed,
 )
-from api.errors import body_too_large, error_body, event_body, responses
+from api.errors import body_too_large, error_body, event_body, responses, stream_responses
 from api.history import RecordId
 from errors import InvalidRequestError
 from models import LOCAL_OWNER, GenerationRecord, Record, StreamRequest
@@ -79,7 +79,7 @@ def find_record(
 @router.post(
     "/generate/stream",
     response_class=EventSourceResponse,
-    responses=responses(400, 409, 413, 500, 503, 504),
+    responses=stream_responses(400, 409, 413, 500, 503, 504),
 )
 async def generate_stream(
     begun: Annotated[Live | Answer, Depends(begin_stream)], service: StreamService
@@ -92,7 +92,7 @@ async def generate_stream(
 @router.get(
     "/history/{record_id}/stream",
     response_class=EventSourceResponse,
-    responses=NOTHING_MORE | responses(404, 503),
+    responses=NOTHING_MORE | stream_responses(404, 503),
 )
 async def resume_stream(
     record: Annotated[GenerationRecord, Depends(find_record)],

@@ -370,3 +370,18 @@ def test_another_request_id_is_replaced(client: TestClient, given: bytes) -> Non
     answer = client.get("/history/0", headers={b"X-Request-ID": given})
     found = body_of(answer, 422, "validation_error")["request_id"]
     assert re.fullmatch(r"[0-9a-f]{32}", found)
+
+
+def test_the_openapi_document_tells_every_error_in_its_shape(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    shape = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            told = operation["responses"]
+            if not path.startswith(("/health", "/metrics")):
+                errors = {status: found for status, found in told.items() if status >= "400"}
+                assert [found["content"] for found in errors.values()] == [shape] * len(errors)
+                assert "422" in errors, (method, path)
+            if "requestBody" in operation:
+                assert {"408", "413", "415"} <= told.keys(), (method, path)
