@@ -542,6 +542,13 @@ class HistoryQuery(Page):
     order: Literal["newest", "rank"] = Field(
         "newest", description="With `q`: `rank` puts the best of the newest 1,000 matches first."
     )
+    after_score: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="With `order=rank`: the score of the record in `after`. Then that record may be"
+        " gone: the `Link` header gives both.",
+    )
 
     @model_validator(mode="after")
     def refuse_rank_of_nothing(self) -> Self:

@@ -37,7 +37,10 @@ def list_history(
     """Records, newest first; with `q`, those that hold its words. A `Link` header leads to the
     next page while there is one."""
     found, more = history.page(session, owner, query)
-    if more:
+    if more and query.order == "rank":
+        score = search.record_score(found[-1], query)
+        link_next_page(request, response, found[-1].id, after_score=str(score))
+    elif more:
         link_next_page(request, response, found[-1].id)
     items = [HistoryItem.model_validate(record) for record in found]
     if query.q is not None:
@@ -135,9 +138,9 @@ def replay_record(
     return replay.replay(session, owner, record_id, service.models, service.timeout)
 
 
-def link_next_page(request: Request, response: Response, last_id: int) -> None:
+def link_next_page(request: Request, response: Response, last_id: int, **also: str) -> None:
     """A `Link` to what follows ``last_id``. What `skip` left out lies before it: not again."""
-    query = dict(request.query_params) | {"after": str(last_id)}
+    query = dict(request.query_params) | {"after": str(last_id)} | also
     query.pop("skip", None)
     path = quote(request.scope["path"], safe="/")  # a header takes Latin-1, a link no spaces
     response.headers["Link"] = f'<{path}?{urlencode(query)}>; rel="next"'

@@ -17,17 +17,27 @@ USUAL_LENGTH = 100  # words
 
 def ranked_page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[Record], bool]:
     """The best of the newest matches, and whether more follow. Raises InvalidRequestError."""
-    terms = [term for term in parse_search(query.q or "") if not term.excluded]
     everything = query.model_copy(update={"after": None, "limit": MOST_RANKED})
     found, _ = lists.page(session, owner_id, everything)
-    found.sort(key=lambda record: (-score(text_of(record), terms), -record.id))
-    start = 0
+    terms = wanted(query)
+    ranks = {record.id: (-score(text_of(record), terms), -record.id) for record in found}
     if query.after is not None:
-        places = {record.id: place for place, record in enumerate(found)}
-        if query.after not in places:
+        last = ranks.get(query.after)
+        if query.after_score is not None:  # the record itself may be gone by now
+            last = -query.after_score, -query.after
+        if last is None:
             raise InvalidRequestError("The record in `after` is no longer among the best matches.")
-        start = places[query.after] + 1
-    return found[start : start + query.limit], len(found) > start + query.limit
+        found = [record for record in found if ranks[record.id] > last]
+    found.sort(key=lambda record: ranks[record.id])
+    return found[: query.limit], len(found) > query.limit
+
+
+def wanted(query: HistoryQuery) -> list[Term]:
+    return [term for term in parse_search(query.q or "") if not term.excluded]
+
+
+def record_score(record: Record, query: HistoryQuery) -> float:
+    return score(text_of(record), wanted(query))
 
 
 def score(text: str, terms: Sequence[Term]) -> float:

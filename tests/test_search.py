@@ -400,6 +400,7 @@ def test_the_best_comes_first_by_rank_and_pages_go_on_from_there(client: TestCli
     while url is not None:
         answer = client.get(url)
         seen += [record["id"] for record in answer.json()]
+        client.delete(f"/history/{seen[-1]}")  # where the next page begins: nothing is skipped
         url = link(answer)
     assert seen == wanted
     gone = client.get(f"/history?q=quagga&order=rank&after={long + 1000}")
