@@ -1,10 +1,13 @@
 """The database: durable settings, honest refusals, migrations in every direction."""
 
 import contextlib
+import itertools
 import os
+import re
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +19,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect, text
+from sqlalchemy import Engine, create_engine, event, inspect, text
 
 from connections import normalise_url
 from database import Database, transaction
@@ -24,6 +27,7 @@ from errors import StartError, StorageUnavailableError
 from models import Base
 from repositories import leases
 from services.model_host import MAX_RUNNING
+from tests.databases import fresh_database
 from tests.service import ROOT, in_process, places_taken, ready
 from tests.test_history import ids, insert
 
@@ -293,3 +297,105 @@ def test_four_threads_of_writers_lose_nothing(file: Path) -> None:
     assert sorted(made) == list(range(1, 101))
     for database in databases:
         database.close()
+
+
+class CutOffError(Exception):
+    """What happens to a migration in these tests, in place of a kill."""
+
+
+@contextlib.contextmanager
+def cut_off_before(number: int) -> Iterator[None]:
+    """Lets so many statements that change something through, and no more; for any connection."""
+    changes = itertools.count()
+
+    def listen(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.split()[0] in CHANGES and next(changes) == number:
+            raise CutOffError
+
+    event.listen(Engine, "before_cursor_execute", listen)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "before_cursor_execute", listen)
+
+
+CHANGES = ("ALTER", "CREATE", "DELETE", "DROP", "INSERT", "UPDATE")
+OLD_RECORD = """
+INSERT INTO generation_records (id, owner_id, status, prompt, completion, model_name,
+    model_fingerprint, dtype, parameters, seed, prompt_tokens, completion_tokens, created_at,
+    updated_at)
+VALUES (7, 'local', 'completed', 'Once', ' upon', 'm', '', '', '{}', 1, 1, 1,
+    '2026-01-01 12:00:00', '2026-01-01 12:00:00')
+"""
+
+
+def migrate_cut_off(url: str, number: int) -> bool:
+    """Whether it came to its end before so many statements."""
+    database = Database(url)
+    try:
+        with cut_off_before(number):
+            database.migrate()
+        return True
+    except CutOffError:
+        return False
+    finally:
+        database.close()
+
+
+def run_by_hand(url: str, statement: str) -> Any:
+    engine = create_engine(normalise_url(url))
+    with engine.begin() as connection:
+        found = connection.execute(text(statement))
+        rows = found.all() if found.returns_rows else []
+    engine.dispose()
+    return rows
+
+
+def version_of(url: str) -> Any:
+    if not run_by_hand(url, "SHOW TABLES LIKE 'alembic_version'"):
+        return None
+    found = run_by_hand(url, "SELECT version_num FROM alembic_version")
+    return found[0][0] if found else None
+
+
+def all_that_is_there(url: str) -> dict[str, Any]:
+    """Each table as it was made, and its rows, but for what chance gives them."""
+    columns = {"secrets": "name", "usage_deltas": "owner_id, created_at, requests"}
+    return {
+        name: (
+            re.sub(r"AUTO_INCREMENT=\d+", "", run_by_hand(url, f"SHOW CREATE TABLE {name}")[0][1]),
+            run_by_hand(url, f"SELECT {columns.get(name, '*')} FROM {name}"),
+        )
+        for (name,) in run_by_hand(url, "SHOW TABLES")
+    }
+
+
+def test_a_migration_cut_off_after_any_step_on_mysql_is_finished_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fresh_database("mysql", tmp_path) as whole, fresh_database("mysql", tmp_path) as cut:
+        monkeypatch.setenv("DATABASE_URL", whole)
+        command.upgrade(Config(ROOT / "alembic.ini"), "0001")
+        run_by_hand(whole, OLD_RECORD)
+        Database(whole).migrate()
+        tries, done, at = 0, 0, None
+        while not migrate_cut_off(cut, done):
+            tries, done = tries + 1, done + 1
+            if version_of(cut) != at:
+                at, done = version_of(cut), 0
+                if at == "0001":
+                    run_by_hand(cut, OLD_RECORD)
+        assert tries > 50
+        assert all_that_is_there(cut) == all_that_is_there(whole)
+
+
+@pytest.mark.parametrize("name", ["conversations", "leases"])
+def test_another_programs_table_on_mysql_stops_every_start(tmp_path: Path, name: str) -> None:
+    with fresh_database("mysql", tmp_path) as url:
+        run_by_hand(url, f"CREATE TABLE {name} (id INTEGER PRIMARY KEY, topic TEXT)")
+        for _ in range(2):
+            database = Database(url)
+            with pytest.raises(StartError, match=r"^DATABASE_URL is not usable[^\n]*$"):
+                database.migrate()
+            database.close()
+        assert version_of(url) is None

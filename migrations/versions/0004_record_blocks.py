@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("latest", MOMENT, nullable=False),
         **options,
     )
+    op.execute("DELETE FROM record_blocks")  # on MySQL an earlier run may have been cut off below
     op.execute(
         "INSERT INTO record_blocks (block, earliest, latest)"
         " SELECT id >> 12, MIN(created_at), MAX(created_at)"
