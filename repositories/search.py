@@ -253,10 +253,20 @@ def ascii_word(word: str) -> str:
     return f"zz{plain}"
 
 
+def key_of(word: str) -> str:
+    """What the FULLTEXT index has of an ``ascii_word``: of a long one its first part.
+
+    A part may be a shorter word. So it gets an odd number of underscores, of which a word has two
+    for each character that is spelt as a number.
+    """
+    part = word[:LONGEST_KEY]
+    return part if len(word) <= LONGEST_KEY or part.count("_") % 2 else f"{part}_"
+
+
 def ascii_words(words: Sequence[str]) -> str:
     """With a space at either end, so that whole words can be looked for."""
     found = [ascii_word(word) for word in words]
-    parts = {word[:LONGEST_KEY] for word in found if len(word) > LONGEST_KEY}
+    parts = {key_of(word) for word in found if len(word) > LONGEST_KEY}
     return f" {' '.join([*found, *sorted(parts)])} "
 
 
@@ -274,7 +284,9 @@ def boolean(terms: Sequence[Term], marks: Sequence[str]) -> str:
     keys = [f"+{mark}" for mark in marks]
     for term in terms:
         if not term.excluded:
-            words = [ascii_word(word)[:LONGEST_KEY] for word in term.words]
-            keys += [f"+{word}" for word in words[:-1]]
-            keys.append(f"+{words[-1]}{'*' if term.prefix else ''}")
+            words = [ascii_word(word) for word in term.words]
+            wanted = [key_of(word) for word in words]
+            if term.prefix:
+                wanted[-1] = f"{words[-1][:LONGEST_KEY]}*"
+            keys += [f"+{word}" for word in wanted]
     return " ".join(keys)

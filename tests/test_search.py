@@ -144,6 +144,40 @@ def test_phrases_are_exact_and_minus_takes_away(found: Any) -> None:
         assert (q, found(q)) == (q, names)
 
 
+GEORGIAN = "აბგდევზთიკლმნოპჟრს"
+ETHIOPIC = "\u1200"
+LONG_TEXTS = {
+    "long": f"x {GEORGIAN} y",
+    "its beginning": GEORGIAN[:13],  # as long, spelt in ASCII, as a key may be
+    "mixed": "abc" + "ж" * 20,
+    "one letter": ETHIOPIC * 20,
+}
+
+
+def test_a_long_words_beginning_is_another_word(session: Session) -> None:
+    names = {insert(session, prompt=said, completion=""): n for n, said in LONG_TEXTS.items()}
+    for q, found in {
+        GEORGIAN: ["long"],
+        GEORGIAN[:13]: ["its beginning"],
+        f"x -{GEORGIAN[:13]}": ["long"],
+        f"x -{GEORGIAN}": [],
+        f'"x {GEORGIAN}"': ["long"],
+        f'"x {GEORGIAN[:13]}"': [],
+        f"{GEORGIAN[:13]} y": [],
+        f"{GEORGIAN[:12]}*": ["its beginning", "long"],
+        f"{GEORGIAN[:13]}*": ["its beginning", "long"],
+        f"{GEORGIAN[:14]}*": ["long"],
+        "abc" + "ж" * 15: [],
+        "abc" + "ж" * 16: [],
+        "abc" + "ж" * 20: ["mixed"],
+        "abc" + "ж" * 16 + "*": ["mixed"],
+        ETHIOPIC * 13: [],
+        ETHIOPIC * 20: ["one letter"],
+        ETHIOPIC * 13 + "*": ["one letter"],
+    }.items():
+        assert (q, [names[record] for record in ids_of(session, q)]) == (q, found)
+
+
 def test_no_operator_of_a_database_gets_through(found: Any) -> None:
     for q in (
         "dragon OR cafe",
@@ -480,3 +514,36 @@ def test_the_migration_indexes_what_was_there(
         assert titles(session, "unicorns") == ["Of unicorns"]
         history.delete(session, OWNER, record)
         assert indexed(session, "once") == []
+
+
+def kept_words(session: Session) -> list[tuple[int, str]]:
+    """As a server keeps them."""
+    rows = session.execute(text("SELECT record_id, words FROM record_search ORDER BY record_id"))
+    titles = session.execute(text("SELECT conversation_id, words FROM title_search"))
+    found = [tuple(row) for row in (*rows, *titles)]
+    session.rollback()
+    return found
+
+
+@pytest.mark.parametrize("database_url", ["mysql"], indirect=True)
+def test_a_migration_tells_the_parts_of_long_words_from_words(
+    session: Session, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    from tests.service import ROOT
+
+    for said in (*LONG_TEXTS.values(), *TEXTS.values()):
+        insert(session, prompt=said, completion="")
+    make_thread(session, f"{GEORGIAN} {GEORGIAN[::-1]} b")
+    as_written = kept_words(session)
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    config = Config(ROOT / "alembic.ini")
+    command.downgrade(config, "0010")
+    before = kept_words(session)
+    assert len({*before} - {*as_written}) == 4  # three records, and the title
+    assert indexed(session, GEORGIAN[:13]) == [2, 1]  # as it was before
+    command.upgrade(config, "0011")
+    assert kept_words(session) == as_written
+    assert indexed(session, GEORGIAN[:13]) == [2]
