@@ -40,6 +40,10 @@ COUNTED = (
 )
 NOTED = ("owner_id", "user_id", "model_name", "created_at", *COUNTED, "duration_ms")
 NOTE = insert(UsageDelta)
+# Its whole key: by the kind alone all sums would be read, which are by owner.
+TURN = select(Usage.kind).where(
+    Usage.owner_id == "", Usage.kind == UsageKind.LOCK, Usage.hour == 0, Usage.name == ""
+)
 
 
 class Key(NamedTuple):
@@ -122,8 +126,7 @@ def fold(session: Session, count: int) -> int:
 
     One process at a time: nothing happens while another does so.
     """
-    turn = select(Usage.kind).where(Usage.kind == UsageKind.LOCK)
-    if session.scalar(turn.with_for_update(skip_locked=True)) is None:
+    if session.scalar(TURN.with_for_update(skip_locked=True)) is None:
         return 0
     deltas = session.scalars(select(UsageDelta).order_by(UsageDelta.id).limit(count)).all()
     sums: dict[Key, Sums] = {}

@@ -19,6 +19,7 @@ from repositories import busiest, records, usage
 from services import conversations, history, statistics
 from services.statistics import UsageFolder
 from tests.test_history import NOON, OWNER, insert
+from tests.test_lists import analyze, is_served, plans
 
 LATER = NOON + timedelta(days=40)
 
@@ -180,6 +181,17 @@ def test_a_forgotten_person_is_in_nobodys_statistics(session: Session, folder: U
     found = total(session)
     assert found is not None
     assert found.requests == 3
+
+
+def test_a_turn_to_add_up_is_found_without_reading_the_sums(
+    database: Database, session: Session
+) -> None:
+    with transaction(session):
+        session.execute(insert_rows(Usage), sums_of_days(random.Random(7), 30, 100))
+    analyze(session, "usage_sums")
+    found = plans(database, session, lambda session: usage.fold(session, 1))
+    assert found
+    assert [plan for plan in found if not is_served(plan)] == []
 
 
 def sums_of_days(draw: random.Random, days: int, users: int) -> list[dict[str, Any]]:
