@@ -17,7 +17,7 @@ from models import HistoryQuery, RecordBlock
 
 BITS = 12  # 4096 ids a block
 FIRST_BLOCKS = 8  # mostly hold a page; to read the other blocks' times would take longer
-STEP = timedelta(minutes=10)
+REST = timedelta(minutes=10, microseconds=-1)  # of ten minutes that have begun
 
 KNOWN = Lookup(
     select(RecordBlock.block).where(
@@ -35,7 +35,7 @@ def note(session: Session, created: Iterable[tuple[int, datetime]]) -> None:
         earliest, latest = spans.get(record_id >> BITS, (moment, moment))
         spans[record_id >> BITS] = min(earliest, moment), max(latest, moment)
     for block, (first, last) in spans.items():
-        widen(session, block, step_of(first), step_of(last) + STEP - timedelta(microseconds=1))
+        widen(session, block, step_of(first), step_of(last) + REST)
 
 
 def step_of(moment: datetime) -> datetime:

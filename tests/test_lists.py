@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -174,6 +174,15 @@ def test_times_are_found_whatever_the_clock_did(session: Session) -> None:
         times: dict[str, Any] = {"created_after": NOON + timedelta(days=first)}
         times["created_before"] = NOON + timedelta(days=last)
         assert ids(session, **times) == wanted
+
+
+def test_times_are_found_to_both_ends_of_the_calendar(session: Session) -> None:
+    first, last = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+    days = [first + timedelta(days=1), NOON, last - timedelta(minutes=5), last]
+    made = [insert(session, created_at=day) for day in days]
+    assert ids(session, created_after=last - timedelta(minutes=6)) == [made[3], made[2]]
+    assert ids(session, created_after=last - timedelta(minutes=5)) == [made[3]]
+    assert ids(session, created_before=NOON) == [made[0]]
 
 
 def test_times_are_found_in_more_blocks_than_are_read_at_once(session: Session) -> None:
