@@ -13,7 +13,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from models import BUSY, IS_BUSY, Usage, UsageKind
-from repositories.usage import days
+from repositories.usage import days, of_hours
 
 Totals = Sequence[tuple[str, int]]
 
@@ -37,7 +37,7 @@ class Days:
     def totals(self, count: int, names: Sequence[str] | None = None) -> Totals:
         """The most requests, of all users or of some."""
         requests = func.sum(Usage.requests)
-        found = select(Usage.name, requests).where(*self.theirs, Usage.hour.in_(self.hours))
+        found = select(Usage.name, requests).where(*self.theirs, of_hours(self.hours))
         if names is not None:
             found = found.where(Usage.name.in_(names))
         ranked = found.group_by(Usage.name).order_by(requests.desc(), Usage.name)
@@ -49,7 +49,7 @@ class Days:
         if least is None:
             return None
         many = self.busy(Usage.name, func.sum(Usage.requests), func.count())
-        many = many.where(Usage.hour.in_(self.hours), Usage.requests >= least)
+        many = many.where(of_hours(self.hours), Usage.requests >= least)
         known = self.session.execute(many.group_by(Usage.name)).all()
         sums = sorted((requests for _, requests, _ in known), reverse=True)
         left, days = least - 1, len(self.hours)  # at most, on a day that was not looked at

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
+    ColumnElement,
     Row,
     delete,
     func,
@@ -39,6 +40,7 @@ COUNTED = (
     "completion_tokens",
 )
 NOTED = ("owner_id", "user_id", "model_name", "created_at", *COUNTED, "duration_ms")
+MOST_NAMED = 400
 NOTE = insert(UsageDelta)
 # Its whole key: by the kind alone all sums would be read, which are by owner.
 TURN = select(Usage.kind).where(
@@ -211,14 +213,14 @@ def between(
         sums = sums.where(Usage.hour >= hour_of(first), Usage.hour < hour_of(last))
     else:  # each looked up: between two hours are the sums of many others
         hours = days(session, owner_id, kind, first, last)
-        sums = sums.where(Usage.hour.in_(hours), Usage.name.in_(names))
+        sums = sums.where(of_hours(hours), Usage.name.in_(names))
         single = single.where(name.in_(names))
     return session.execute(union_all(sums, single)).all()
 
 
 def days(
     session: Session, owner_id: str, kind: UsageKind, first: datetime, last: datetime
-) -> list[int]:
+) -> Sequence[int]:
     """The first hours of the days between two times, from the first that has a sum to the last."""
     theirs = (
         Usage.owner_id == owner_id,
@@ -228,7 +230,14 @@ def days(
     )
     ends = [select(end(Usage.hour)).where(*theirs) for end in (func.min, func.max)]
     earliest, latest = map(session.scalar, ends)
-    return [] if earliest is None or latest is None else list(range(earliest, latest + 1, 24))
+    return [] if earliest is None or latest is None else range(earliest, latest + 1, 24)
+
+
+def of_hours(hours: Sequence[int]) -> ColumnElement[bool]:
+    """Each looked up, unless they are more than a statement should name."""
+    if len(hours) > MOST_NAMED:
+        return Usage.hour.between(hours[0], hours[-1])
+    return Usage.hour.in_(hours)
 
 
 def forget_user(session: Session, owner_id: str | None, user_id: str) -> int:

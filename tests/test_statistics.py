@@ -3,7 +3,7 @@
 import contextlib
 import random
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -137,6 +137,19 @@ def test_buckets_and_groups_hold_what_belongs_to_them(
         assert [(item.user_id, item.requests) for item in first_day] == [("anna", 2), ("bert", 1)]
         assert [item.user_id for item in asked(session, by="user", limit=1)] == ["anna"] * 3
         assert None in [item.user_id for item in asked(session, by="user")]
+
+
+@pytest.mark.parametrize("days", [300, 700_000])
+def test_users_are_found_however_long_the_range(
+    session: Session, folder: UsageFolder, days: int
+) -> None:
+    insert(session, user_id="bert", created_at=NOON - timedelta(days=days))
+    for _ in range(2):
+        insert(session, user_id="anna")
+    folder.tick()
+    calendar = datetime(1, 1, 1, tzinfo=UTC)
+    found = asked(session, by="user", bucket="all", created_after=calendar)
+    assert [(item.user_id, item.requests) for item in found] == [("anna", 2), ("bert", 1)]
 
 
 def test_percentiles_are_exact(session: Session, folder: UsageFolder) -> None:
