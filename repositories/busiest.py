@@ -5,6 +5,7 @@ those are found by an index, and tell nearly how many requests each user had. Wh
 busiest by that is added up exactly.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -13,17 +14,26 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from models import BUSY, IS_BUSY, Usage, UsageKind
-from repositories.usage import days, of_hours
+from repositories import usage
 
-Totals = Sequence[tuple[str, int]]
+MOST_NAMED = 10_000  # users, in one statement
 
 
 def users(
     session: Session, owner_id: str, first: datetime, last: datetime, count: int
 ) -> list[str]:
-    """The busiest first; the empty name is of requests without one."""
+    """The busiest first; the empty name is of requests without one.
+
+    They are among the busiest by the sums and those of whom something is noted: notes only add.
+    Notes are read before the sums, so that what is added up meanwhile is not missed.
+    """
+    noted = usage.noted_of_users(session, owner_id, first, last)
     asked = Days(session, owner_id, first, last)
-    return [name for name, _ in asked.totals(count, asked.candidates(count))]
+    requests = Counter(asked.totals(asked.candidates(count), count))
+    if noted:
+        requests |= Counter(asked.totals([*noted]))
+        requests.update(noted)
+    return sorted(requests, key=lambda name: (-requests[name], name))[:count]
 
 
 class Days:
@@ -31,17 +41,17 @@ class Days:
 
     def __init__(self, session: Session, owner_id: str, first: datetime, last: datetime) -> None:
         self.session = session
-        self.hours = days(session, owner_id, UsageKind.USER_DAY, first, last)
+        self.hours = usage.days(session, owner_id, UsageKind.USER_DAY, first, last)
         self.theirs = Usage.owner_id == owner_id, Usage.kind == UsageKind.USER_DAY
 
-    def totals(self, count: int, names: Sequence[str] | None = None) -> Totals:
-        """The most requests, of all users or of some."""
+    def totals(self, names: Sequence[str] | None, count: int | None = None) -> dict[str, int]:
+        """The most requests, of all users or, where they are not too many to name, of some."""
         requests = func.sum(Usage.requests)
-        found = select(Usage.name, requests).where(*self.theirs, of_hours(self.hours))
-        if names is not None:
+        found = select(Usage.name, requests).where(*self.theirs, usage.of_hours(self.hours))
+        if names is not None and len(names) <= MOST_NAMED:
             found = found.where(Usage.name.in_(names))
         ranked = found.group_by(Usage.name).order_by(requests.desc(), Usage.name)
-        return [(name, int(sum)) for name, sum in self.session.execute(ranked.limit(count))]
+        return {name: int(sum) for name, sum in self.session.execute(ranked.limit(count))}
 
     def candidates(self, count: int) -> list[str] | None:
         """All who may be among so many; None where that may be anybody."""
@@ -49,16 +59,17 @@ class Days:
         if least is None:
             return None
         many = self.busy(Usage.name, func.sum(Usage.requests), func.count())
-        many = many.where(of_hours(self.hours), Usage.requests >= least)
+        many = many.where(usage.of_hours(self.hours), Usage.requests >= least)
         known = self.session.execute(many.group_by(Usage.name)).all()
         sums = sorted((requests for _, requests, _ in known), reverse=True)
-        left, days = least - 1, len(self.hours)  # at most, on a day that was not looked at
-        if len(sums) < count or left * days >= sums[count - 1]:
+        # Who was below ``least`` on a day had at most this many requests then.
+        most_unseen, days = least - 1, len(self.hours)
+        if len(sums) < count or most_unseen * days >= sums[count - 1]:
             return None
         return [
             name
             for name, requests, seen in known
-            if requests + left * (days - seen) >= sums[count - 1]
+            if requests + most_unseen * (days - seen) >= sums[count - 1]
         ]
 
     def half_of_a_busy_day(self, count: int) -> int | None:

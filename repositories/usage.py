@@ -20,6 +20,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     null,
     select,
     union_all,
@@ -40,7 +41,9 @@ COUNTED = (
     "completion_tokens",
 )
 NOTED = ("owner_id", "user_id", "model_name", "created_at", *COUNTED, "duration_ms")
-MOST_NAMED = 400
+# A literal: as a parameter, PostgreSQL would not know it again where rows are grouped.
+NOTED_USER = func.coalesce(UsageDelta.user_id, literal_column("''"))
+MOST_NAMED = 400  # hours, in one statement
 NOTE = insert(UsageDelta)
 # Its whole key: by the kind alone all sums would be read, which are by owner.
 TURN = select(Usage.kind).where(
@@ -187,8 +190,7 @@ def between(
     names: Sequence[str] | None = None,
 ) -> Sequence[Row[Any]]:
     """Sums and single requests with first <= their time < last, of all names or of some."""
-    by_user = kind is UsageKind.USER_DAY
-    name = func.coalesce(UsageDelta.user_id, "") if by_user else UsageDelta.model_name
+    name = NOTED_USER if kind is UsageKind.USER_DAY else UsageDelta.model_name
     sums = select(
         Usage.hour.label("hour"),
         literal(None, UsageDelta.created_at.type).label("created_at"),
@@ -204,11 +206,7 @@ def between(
         *(getattr(UsageDelta, column) for column in COUNTED),
         null(),
         UsageDelta.duration_ms,
-    ).where(
-        UsageDelta.owner_id == owner_id,
-        UsageDelta.created_at >= first,
-        UsageDelta.created_at < last,
-    )
+    ).where(*are_noted(owner_id, first, last))
     if names is None:
         sums = sums.where(Usage.hour >= hour_of(first), Usage.hour < hour_of(last))
     else:  # each looked up: between two hours are the sums of many others
@@ -216,6 +214,23 @@ def between(
         sums = sums.where(of_hours(hours), Usage.name.in_(names))
         single = single.where(name.in_(names))
     return session.execute(union_all(sums, single)).all()
+
+
+def noted_of_users(
+    session: Session, owner_id: str, first: datetime, last: datetime
+) -> dict[str, int]:
+    """How many requests of each user are not in the sums yet."""
+    noted = select(NOTED_USER, func.sum(UsageDelta.requests)).group_by(NOTED_USER)
+    found = session.execute(noted.where(*are_noted(owner_id, first, last)))
+    return {name: int(requests) for name, requests in found}
+
+
+def are_noted(owner_id: str, first: datetime, last: datetime) -> tuple[ColumnElement[bool], ...]:
+    return (
+        UsageDelta.owner_id == owner_id,
+        UsageDelta.created_at >= first,
+        UsageDelta.created_at < last,
+    )
 
 
 def days(

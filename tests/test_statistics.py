@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,7 +15,15 @@ from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from errors import InvalidRequestError
-from models import ConversationCreate, FinishReason, Statistics, StatisticsQuery, Status, Usage
+from models import (
+    ConversationCreate,
+    FinishReason,
+    Statistics,
+    StatisticsQuery,
+    Status,
+    Usage,
+    UsageDelta,
+)
 from repositories import busiest, records, usage
 from services import conversations, history, statistics
 from services.statistics import UsageFolder
@@ -133,10 +142,9 @@ def test_buckets_and_groups_hold_what_belongs_to_them(
     by_model = asked(session, by="model", bucket="all")
     assert [(item.model_name, item.requests) for item in by_model] == [("gpt2", 5), ("tiny", 1)]
     first_day = asked(session, by="user", created_before=day + timedelta(days=1))
-    if folded:
-        assert [(item.user_id, item.requests) for item in first_day] == [("anna", 2), ("bert", 1)]
-        assert [item.user_id for item in asked(session, by="user", limit=1)] == ["anna"] * 3
-        assert None in [item.user_id for item in asked(session, by="user")]
+    assert [(item.user_id, item.requests) for item in first_day] == [("anna", 2), ("bert", 1)]
+    assert [item.user_id for item in asked(session, by="user", limit=1)] == ["anna"] * 3
+    assert None in [item.user_id for item in asked(session, by="user")]
 
 
 @pytest.mark.parametrize("days", [300, 700_000])
@@ -220,19 +228,47 @@ def sums_of_days(draw: random.Random, days: int, users: int) -> list[dict[str, A
     ]
 
 
-def test_the_busiest_are_the_same_however_few_are_added_up(session: Session) -> None:
+def some_notes(draw: random.Random, days: int, users: int) -> list[dict[str, Any]]:
+    """Of users who have sums, and of others."""
+    return [
+        dict.fromkeys(usage.COUNTED, 0)
+        | {"owner_id": OWNER, "user_id": draw.choice([None, f"user-{user}", f"new-{user}"])}
+        | {"model_name": "m", "created_at": usage.EPOCH + timedelta(days=draw.randrange(days))}
+        | {"requests": draw.choice([1, 1, 10, 100])}
+        for user in draw.choices(range(users), k=draw.choice([0, 5, 50]))
+    ]
+
+
+def busiest_of(sums: list[dict[str, Any]], notes: list[dict[str, Any]], days: int) -> list[str]:
+    requests: Counter[str] = Counter()
+    for row in sums:
+        requests[row["name"]] += row["requests"] if row["hour"] < 24 * days else 0
+    for row in notes:
+        requests[row["user_id"] or ""] += row["requests"]
+    return sorted(+requests, key=lambda name: (-requests[name], name))
+
+
+@pytest.mark.parametrize("most_named", [10, 10_000])
+def test_the_busiest_are_the_same_however_few_are_added_up(
+    session: Session, monkeypatch: pytest.MonkeyPatch, most_named: int
+) -> None:
+    monkeypatch.setattr(busiest, "MOST_NAMED", most_named)
     guessed = 0
     for seed in range(40):
         draw = random.Random(seed)
+        sums, notes = sums_of_days(draw, draw.randint(1, 9), 60), some_notes(draw, 8, 60)
         with transaction(session):
             session.execute(delete(Usage).where(Usage.kind == "user"))
-            session.execute(insert_rows(Usage), sums_of_days(draw, draw.randint(1, 9), 60))
+            session.execute(delete(UsageDelta))
+            session.connection().execute(insert_rows(Usage), sums)
+            if notes:
+                session.connection().execute(insert_rows(UsageDelta), notes)
         count = draw.randint(1, 20)
-        asked = busiest.Days(session, OWNER, usage.EPOCH, usage.EPOCH + timedelta(days=8))
-        candidates = asked.candidates(count)
+        times = usage.EPOCH, usage.EPOCH + timedelta(days=8)
+        candidates = busiest.Days(session, OWNER, *times).candidates(count)
         guessed += candidates is not None and len(candidates) < 40
-        found = busiest.users(session, OWNER, usage.EPOCH, usage.EPOCH + timedelta(days=8), count)
-        assert found == [name for name, _ in asked.totals(count)], seed
+        found = busiest.users(session, OWNER, *times, count)
+        assert found == busiest_of(sums, notes, 8)[:count], seed
         session.rollback()
     assert guessed > 10
 
