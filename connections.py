@@ -10,10 +10,15 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import URL, Engine, StaticPool, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError
 
+from errors import StartError
 from sqlite_file import WriteLock, begin, watch_errors
 
-DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"} | {
+DRIVERS = {
+    "sqlite": "sqlite",
+    "postgres": "postgresql+psycopg",
+    "postgresql": "postgresql+psycopg",
     "mysql": "mysql+pymysql",
     "mariadb": "mariadb+pymysql",
 }
@@ -26,9 +31,14 @@ LONGEST_CONNECT = 30.0
 
 
 def normalise_url(url: str) -> URL:
-    """A URL as hosting platforms write it, with the driver this service ships."""
+    """A URL as hosting platforms write it, with the driver this service ships, whatever driver it
+    names. Raises ArgumentError."""
     parsed = make_url(url)
-    parsed = parsed.set(drivername=DRIVERS.get(parsed.drivername, parsed.drivername))
+    if (driver := DRIVERS.get(parsed.get_backend_name())) is None:
+        raise ArgumentError("no such kind of database")
+    if driver == "sqlite" and parsed.password:
+        raise ArgumentError("a driver that encrypts is meant, and would not be used")
+    parsed = parsed.set(drivername=driver)
     if parsed.get_backend_name() in MYSQL:
         parsed = parsed.update_query_dict({"charset": "utf8mb4"})
     return parsed
@@ -74,8 +84,8 @@ def open_server(url: URL, timeout: float, **options: Any) -> Engine:
     mysql = url.get_backend_name() in MYSQL
     arguments = connect_arguments(url, timeout)
     engine = create_engine(url, connect_args=arguments, **pool_options(timeout), **options)
-    if not mysql:
-        event.listen(engine, "do_connect", partial(connect_postgres, statement_seconds(timeout)))
+    connect = connect_mysql if mysql else partial(connect_postgres, statement_seconds(timeout))
+    event.listen(engine, "do_connect", connect)
     set_up = set_up_mysql if mysql else set_up_postgres
     event.listen(engine, "connect", lambda connection, _: set_up(connection, timeout))
     return engine
@@ -110,9 +120,26 @@ class PostgresConnection(psycopg.Connection[Any]):
 def connect_postgres(
     longest: float, _: Any, __: Any, arguments: list[Any], options: dict[str, Any]
 ) -> PostgresConnection:
-    connection = PostgresConnection.connect(*arguments, **options)
+    try:
+        connection = PostgresConnection.connect(*arguments, **options)
+    except psycopg.ProgrammingError as error:  # before anything is sent
+        raise not_taken() from error
     connection.longest = longest
     return connection
+
+
+def connect_mysql(dialect: Any, _: Any, arguments: list[Any], options: dict[str, Any]) -> Any:
+    try:
+        return dialect.connect(*arguments, **options)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise not_taken() from error
+
+
+def not_taken() -> StartError:
+    return StartError(
+        "DATABASE_URL is not usable: the database's driver does not take one of the parameters"
+        " that follow its question mark, or not that value"
+    )
 
 
 def postgres_arguments(timeout: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from errors import StartError, StorageUnavailableError
 from models import Base
 from repositories import leases
 from services.model_host import MAX_RUNNING
-from tests.databases import fresh_database
+from tests.databases import fresh_database, server_url
 from tests.service import ROOT, in_process, places_taken, ready
 from tests.test_history import ids, insert
 
@@ -52,6 +52,11 @@ def on_file(file: Path, timeout: float = 5.0) -> Database:
         ("mariadb://u:p@h/d", "mariadb+pymysql"),
         ("sqlite:///x.db", "sqlite"),
         ("postgresql+psycopg://u:p@h/d?sslmode=require", "postgresql+psycopg"),
+        ("postgresql+psycopg2://u:p@h/d", "postgresql+psycopg"),
+        ("postgresql+asyncpg://u:p@h/d", "postgresql+psycopg"),
+        ("mysql+mysqldb://u:p@h/d", "mysql+pymysql"),
+        ("mariadb+mariadbconnector://u:p@h/d", "mariadb+pymysql"),
+        ("sqlite+aiosqlite:///x.db", "sqlite"),
     ],
 )
 def test_urls_of_hosting_platforms_get_the_shipped_driver(given: str, driver: str) -> None:
@@ -71,11 +76,40 @@ def test_parts_of_a_url_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["sqlite://", "sqlite:///:memory:", "postgresql+nodriver://h/d", "sqlite:///file:x?a=b"]
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file:x?a=b",
+        "sqlite+pysqlcipher://:secret@/x.db",
+        "oracle+oracledb://h/d",
+        "mssql+pyodbc://h/d",
+        "nothing://h/d",
+    ],
 )
 def test_a_url_that_keeps_nothing_is_one_clear_line(url: str) -> None:
     with pytest.raises(StartError, match=r"^DATABASE_URL is not usable[^\n]*$"):
         Database(url)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameter"),
+    [
+        ("mysql", "ssl-mode=REQUIRED"),
+        ("mysql", "ssl=true"),
+        ("postgresql", "ssl=require"),
+        ("postgresql", "connect_timeout=soon"),
+    ],
+)
+def test_a_parameter_that_a_driver_does_not_take_is_one_clear_line(
+    kind: str, parameter: str
+) -> None:
+    url = server_url(kind).render_as_string(hide_password=False).partition("?")[0]
+    database = Database(f"{url}?{parameter}")
+    for ask in (database.migrate, database.expect_schema, database.is_empty):
+        with pytest.raises(StartError, match=r"^DATABASE_URL[^\n]*does not take[^\n]*$"):
+            ask()
+    database.close()
 
 
 def test_every_sqlite_connection_is_durable(file: Path) -> None:
