@@ -7,6 +7,7 @@ DATABASE_URL names, beside a running service.
 import contextlib
 import dataclasses
 import gc
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,11 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 import log
-from database import Database
+from database import Database, kind
 from errors import CommandError, ServiceError, StartError
 from models import LOCAL_OWNER, HistoryQuery, Record, StatisticsQuery, Status
 from services import (
@@ -37,6 +40,7 @@ from services import (
 )
 from settings import load_settings
 
+LAST_ID = 2**63 - 1  # a database's numbers end there
 PATIENCE_SECONDS = 60.0  # a command may wait longer than a request, its statements much longer
 
 app = typer.Typer(
@@ -103,7 +107,7 @@ def migrate() -> None:
 
 
 @app.command()
-def show(id: Annotated[int, typer.Argument(min=1)], owner: OwnerOption = None) -> None:
+def show(id: Annotated[int, typer.Argument(min=1, max=LAST_ID)], owner: OwnerOption = None) -> None:
     """Print one record as JSON."""
     with opened() as database, database.sessions() as session:
         record = Record.model_validate(history.find(session, owner, id))
@@ -116,7 +120,7 @@ def search(
     owner: Annotated[str, typer.Option(help="Whose records.")] = LOCAL_OWNER,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 10,
 ) -> None:
-    """Print the newest records that hold certain words, as JSON, one a line."""
+    """Print the newest records that hold certain words. As JSON, one a line."""
     with opened() as database, database.sessions() as session:
         found, _ = history.page(session, owner, asked(q=words, limit=limit))
         for record in found:
@@ -129,7 +133,7 @@ def stats(
     bucket: Annotated[Bucket, typer.Option(help="A line for each of these.")] = Bucket.ALL,
     by: Annotated[By | None, typer.Option(help="A line for each model, or user.")] = None,
 ) -> None:
-    """Print the last 30 days' requests, tokens, failures and latencies, as JSON, one a line."""
+    """Count the last 30 days' requests, tokens and failures. With latencies, as JSON lines."""
     query = StatisticsQuery.model_validate({"bucket": bucket, "by": by})
     with opened() as database, database.sessions() as session:
         for line in statistics.statistics(session, owner, query):
@@ -149,9 +153,10 @@ def export_history(
     created_after: Annotated[str | None, typer.Option(help="Only later ones (ISO 8601).")] = None,
     created_before: Annotated[str | None, typer.Option(help="Only earlier ones.")] = None,
 ) -> None:
-    """Write the history as newline-delimited JSON: conversations, then records, one a line.
+    """Write the history as newline-delimited JSON.
 
-    With filters, the records that all of them let through, and the conversations of those.
+    Conversations come first, then records, one a line. With filters, the records that all of them
+    let through, and the conversations of those.
     """
     query = asked(
         user_id=user_id,
@@ -170,7 +175,8 @@ def export_history(
 @app.command("import")
 def import_history(
     file: Annotated[
-        Path | None, typer.Argument(help="Standard input when left out.", exists=True)
+        Path | None,
+        typer.Argument(help="Standard input when left out.", exists=True, dir_okay=False),
     ] = None,
     skip_broken: Annotated[
         bool, typer.Option(help="Leave broken lines out, naming each, instead of stopping.")
@@ -189,9 +195,10 @@ def import_history(
 
 @app.command("backup")
 def back_up(file: Annotated[Path, typer.Argument(help="Must not be there yet.")]) -> None:
-    """Copy the whole database while it is used, and look the copy over.
+    """Copy the whole database while it is used.
 
-    For PostgreSQL and MySQL, their own programs (pg_dump, mysqldump) must be on the PATH.
+    The copy is looked over. For PostgreSQL and MySQL, their own programs (pg_dump, mysqldump)
+    must be on the PATH.
     """
     with opened() as database, progress_bar("backup") as progress:
         backup.back_up(database, file, progress)
@@ -214,9 +221,10 @@ def restore(file: Annotated[Path, typer.Argument(help="What `backup` made.")]) -
 def remove_old(
     dry_run: Annotated[bool, typer.Option(help="Only count what would go.")] = False,
 ) -> None:
-    """Remove what RETENTION_DAYS and RETENTION_BODY_DAYS no longer keep. A service does so itself.
+    """Remove what is older than the service keeps.
 
-    Pinned records stay, and what is in progress.
+    That is what RETENTION_DAYS and RETENTION_BODY_DAYS say; a service does so itself. Pinned
+    records stay, and what is in progress.
     """
     settings = load_settings()
     days, body_days = settings.retention_days, settings.retention_body_days
@@ -239,10 +247,11 @@ def remove_old(
 def erase(
     user: Annotated[str, typer.Argument(help="A `user_id`.")], owner: OwnerOption = None
 ) -> None:
-    """Delete every record of a user, and the conversations that were theirs alone.
+    """Delete every record of a user.
 
-    Pinned and running ones too. A SQLite file is written anew so that nothing of it is left there,
-    which holds up writers while it lasts. Backups stay as they are.
+    Pinned and running ones too, and the conversations that were theirs alone. A SQLite file is
+    written anew so that nothing of it is left there, which holds up writers while it lasts.
+    Backups stay as they are.
     """
     settings = load_settings()
     lifetime = timedelta(seconds=settings.cache_ttl_seconds)
@@ -258,7 +267,7 @@ def erase(
 
 @app.command()
 def check() -> None:
-    """Look the database over: damage, indexes, links, records left open. Status 1 if any."""
+    """Look the database over. Damage, indexes, links, records left open: status 1 if any."""
     wrong = 0
     with opened() as database:
         for name, found in inspection.problems(database):
@@ -294,12 +303,25 @@ def main() -> None:
     try:
         app(prog_name="python -m manage")
     except BrokenPipeError:  # whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(1)
     except (StartError, CommandError) as error:
         sys.exit(str(error))
     except ServiceError as error:
         sys.exit(error.detail)
+    except (DBAPIError, PoolTimeoutError) as error:
+        sys.exit(f"The database failed ({kind(error)})")
+    except OSError as error:
+        drop_output()
+        said = error.strerror or kind(error)
+        sys.exit(f"{error.filename}: {said}" if error.filename else said)
+
+
+def drop_output() -> None:
+    """What standard output did not take would be tried, and fail, once more at the end."""
+    with contextlib.suppress(io.UnsupportedOperation):  # not a real file
+        out = sys.stdout.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
 
 
 if __name__ == "__main__":

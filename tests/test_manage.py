@@ -1,9 +1,11 @@
 """The operator's command line, run as operators run it."""
 
+import contextlib
 import io
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,6 +112,7 @@ def test_records_are_searched_counted_removed_and_erased(
         (("import",), "line 1: "),
         (("search", "--", "-zoe"), "q: "),
         (("retention",), "Neither RETENTION_DAYS nor"),
+        (("export", "--out", "/nowhere/x"), "/nowhere/x.unfinished.new: No such file or directory"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -120,6 +123,44 @@ def test_what_cannot_be_done_is_one_line(
     assert isinstance(ended, str)
     assert ended.startswith(line)
     assert "\n" not in ended
+
+
+@pytest.mark.parametrize("arguments", [("show", "9" * 20), ("show", "0"), ("import", "/")])
+def test_an_argument_that_cannot_be_is_said_to_be(
+    command: Command, url: str, arguments: tuple[str, ...]
+) -> None:
+    Database(url).migrate()
+    assert command(url, *arguments) == 2
+    assert b"Invalid value for" in command.capture.readouterr().err
+
+
+def test_a_database_that_fails_in_the_middle_is_one_line(command: Command, url: str) -> None:
+    Database(url).migrate()
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as other:
+        other.execute("ALTER TABLE generation_records RENAME TO away")
+    assert command(url, "show", "1") == "The database failed (OperationalError)"
+
+
+def test_the_help_names_each_command_in_a_whole_sentence(
+    command: Command, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = command.done(url, "--help").decode().partition("Commands:\n")[2].splitlines()
+    assert len(shown) == len(manage.app.registered_commands)
+    assert [line for line in shown if not line.endswith(".") or line.endswith("...")] == []
+
+
+@pytest.mark.parametrize("arguments", ["export", "search once", "check"])
+def test_output_that_does_not_fit_is_one_line(url: str, arguments: str) -> None:
+    database = Database(url)
+    database.migrate()
+    with database.sessions() as session:
+        insert(session)
+    database.close()
+    line = f'"{sys.executable}" -m manage {arguments} > /dev/full'
+    environment = os.environ | {"DATABASE_URL": url}
+    found = subprocess.run(line, shell=True, cwd=ROOT, env=environment, capture_output=True)
+    assert (found.returncode, found.stderr) == (1, b"No space left on device\n")
 
 
 def test_a_database_that_is_not_there_is_not_made_by_looking(
