@@ -138,10 +138,11 @@ def test_an_end_is_written_once(session: Session) -> None:
     assert history.get(session, OWNER, record).completion == "a"
 
 
-def pages(session: Session, limit: int) -> Iterator[list[int]]:
+def pages(session: Session, limit: int, **query: Any) -> Iterator[list[int]]:
     after = None
     while True:
-        records, more = history.page(session, OWNER, HistoryQuery(limit=limit, after=after))
+        asked = HistoryQuery(limit=limit, after=after, **query)
+        records, more = history.page(session, OWNER, asked)
         found = [record.id for record in records]
         session.rollback()
         yield found
@@ -150,35 +151,60 @@ def pages(session: Session, limit: int) -> Iterator[list[int]]:
         after = found[-1]
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+SINCE = NOON - timedelta(days=1)
+BEFORE_THAT = {"created_at": NOON - timedelta(days=2)}
+# What is asked, and what a record has that it does not let through.
+QUERIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"user_id": "anna"}, {"user_id": "bert"}),
+    ({"status": Status.COMPLETED, "created_after": SINCE}, {"status": Status.FAILED}),
+    ({"created_after": SINCE}, BEFORE_THAT),
+    ({"q": "upon"}, {"completion": " again"}),
+    ({"q": "upon", "user_id": "anna"}, {"user_id": "bert"}),
+    ({"q": "once tim*", "created_after": SINCE}, BEFORE_THAT),
+]
+
+
 @settings(
-    max_examples=25,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    count=st.integers(0, 12),
+    asked=st.sampled_from(QUERIES),
+    wanted=st.lists(st.booleans(), max_size=12),
     limit=st.integers(1, 5),
-    between=st.lists(st.one_of(st.none(), st.integers(0, 11)), max_size=6),
+    between=st.lists(st.one_of(st.booleans(), st.integers(0, 11)), max_size=6),
 )
 def test_changes_while_paging_neither_skip_nor_repeat(
-    session: Session, count: int, limit: int, between: list[int | None]
+    session: Session,
+    asked: tuple[dict[str, Any], dict[str, Any]],
+    wanted: list[bool],
+    limit: int,
+    between: list[bool | int],
 ) -> None:
-    """Between pages a record is inserted (None) or one of the first is deleted (its place)."""
+    """Between pages a record is inserted (wanted or not) or one of the first is deleted (its
+    place)."""
+    query, other = asked
+
+    def add(wanted: bool) -> int:
+        return insert(session, **{"user_id": "anna"} | ({} if wanted else other))
+
     with transaction(session):
         session.query(GenerationRecord).delete()
-    there = [insert(session) for _ in range(count)]
+    made = [(add(fits), fits) for fits in wanted]
+    there = [record for record, fits in made if fits or not other]
     kept, seen = set(there), list[int]()
     changes = iter(between)
-    for page in pages(session, limit):
+    for page in pages(session, limit, **query):
         seen += page
-        change = next(changes, "none")
-        if change is None:
-            insert(session)
-        elif isinstance(change, int) and change < count and there[change] in kept:
+        assert seen == sorted(set(seen), reverse=True)
+        change = next(changes, None)
+        if isinstance(change, bool):
+            add(change)
+        elif change is not None and change < len(there) and there[change] in kept:
             history.delete(session, OWNER, there[change])
             kept.discard(there[change])
-    assert seen == sorted(set(seen), reverse=True)
     assert kept <= set(seen) <= set(there)
 
 
