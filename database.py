@@ -39,6 +39,7 @@ from sqlite_file import PageCheck, WriteLock, database_file, truncate_log, vacuu
 
 log = logging.getLogger(__name__)
 
+FAILURES = (DBAPIError, PoolTimeoutError)
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_PATIENCE = 600.0  # seconds to wait for another process's migration
 MIGRATION_LOCK = "ai-database-service-migration"
@@ -238,7 +239,7 @@ def transaction(session: Session) -> Iterator[None]:
             session.connection(execution_options={"write": True})
             yield
             session.commit()
-        except (DBAPIError, PoolTimeoutError) as error:
+        except FAILURES as error:
             session.rollback()
             if isinstance(error, IntegrityError):
                 raise  # a constraint's refusal is an answer

@@ -20,11 +20,9 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 import log
-from database import Database, kind
+from database import FAILURES, Database, kind
 from errors import CommandError, ServiceError, StartError
 from models import LOCAL_OWNER, HistoryQuery, Record, StatisticsQuery, Status
 from services import (
@@ -309,7 +307,7 @@ def main() -> None:
         sys.exit(str(error))
     except ServiceError as error:
         sys.exit(error.detail)
-    except (DBAPIError, PoolTimeoutError) as error:
+    except FAILURES as error:
         sys.exit(f"The database failed ({kind(error)})")
     except OSError as error:
         drop_output()
