@@ -7,7 +7,7 @@ and never in what may become a stop string.
 
 from collections.abc import Callable, Sequence
 
-UNFINISHED = "\ufffd"  # what tokenizers decode half a character to
+UNFINISHED = "\ufffd"  # what half a character is decoded to, and NUL
 CONTEXT = 8  # tokens decoded again before the new ones: a token's text may depend on the last few
 
 

@@ -20,6 +20,7 @@ from transformers.pipelines import pipeline
 from transformers.pipelines.text_generation import TextGenerationPipeline
 from transformers.utils import logging as transformers_logging
 
+from engine.detokenizer import UNFINISHED
 from engine.naming import DEFAULT_MODEL, called, folder_of, is_path
 from engine.sampling import SamplingDefaults
 
@@ -96,10 +97,15 @@ class LoadedModel:
         return list(encoded["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens left out; an unfinished character gives U+FFFD."""
-        return str(
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of token ids, special tokens left out.
+
+        An unfinished character gives U+FFFD, and so does NUL: vocabularies of bytes have a token
+        for it, and PostgreSQL takes no text that holds one.
+        """
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return str(text).replace("\0", UNFINISHED)
 
 
 def spaced(answer: str) -> str:

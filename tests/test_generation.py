@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 
 from services.model_host import MAX_RUNNING
 from tests.service import TINY, in_process, places_taken, ready
+from tests.sse import events
 
 PROMPT = "Once upon a time there was a king who had"
 
@@ -151,6 +152,20 @@ def test_greedy_is_the_text_of_the_transformers_pipeline(tmp_path: Path) -> None
             expected = pipeline(prompt, do_sample=False, max_length=60, max_new_tokens=None)
             record = generated(client, prompt=prompt, temperature=0, max_length=60)
             assert record["generated_text"] == expected[0]["generated_text"]
+
+
+def test_a_zero_byte_from_the_model_is_stored_on_every_database(database_url: str) -> None:
+    body = {"prompt": "🦄🦄", "temperature": 2.0, "top_k": 0, "top_p": 1.0, "max_length": 30}
+    with in_process(DATABASE_URL=database_url, DTYPE="float32") as service:
+        client = ready(service)
+        record = generated(client, **body, seed=1478)  # with which the model says it at once
+        assert record["generated_text"].startswith("🦄🦄\ufffd")
+        assert "\0" not in record["generated_text"]
+        streamed = client.post("/generate/stream", json=body | {"seed": 1478})
+        *_, done = events(streamed.text.splitlines())
+        assert done.data["generated_text"] == record["generated_text"]
+        again = client.post(f"/history/{record['id']}/replay").json()
+        assert again["result"] == "identical"
 
 
 def test_a_text_ends_before_its_stop_string(client: TestClient) -> None:

@@ -51,6 +51,19 @@ def test_a_piece_never_ends_in_half_a_character(loaded: LoadedModel) -> None:
     assert subject.shown == text
 
 
+def test_no_text_holds_nul(loaded: LoadedModel) -> None:
+    the, (nul,) = loaded.encode("The king"), loaded.encode("\0")
+    assert loaded.tokenizer.decode([nul]) == "\0"
+    subject = Detokenizer(loaded.decode, the, ("sea",))
+    ids = [nul, nul, *loaded.encode(" of"), nul, *loaded.encode(" the sea"), nul]
+    for token in ids:
+        subject.push([token])
+        assert "\ufffd\ufffd of\ufffd the ".startswith(subject.shown)
+    assert subject.stopped
+    assert subject.text == "\ufffd\ufffd of\ufffd the "
+    assert whole(loaded, the, ids) == "\ufffd\ufffd of\ufffd the sea\ufffd"
+
+
 @pytest.mark.parametrize(
     ("stop", "expected"),
     [
