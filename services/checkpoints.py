@@ -6,8 +6,11 @@ such at once, twice a second would cost 3 % of the tokens.
 """
 
 import time
+from collections.abc import Sequence
 
-from database import Database, transaction
+from sqlalchemy.orm import Session
+
+from database import Database, release, transaction
 from repositories import records
 from services.generation import GenerationService
 from services.leases import LeaseKeeper
@@ -31,23 +34,28 @@ class Checkpointer:
         self.generation = generation
 
     def tick(self) -> None:
-        """One commit for all texts that have grown; nothing where nothing runs for long."""
-        self.generation.finisher.store_unstored()
+        """One commit for all texts that have grown; nothing where nothing runs for long.
+
+        What was refused before comes last, and cancellations first: neither waits for a text that
+        the database does not take.
+        """
         running = [live for live in self.live.all() if live.seconds() > CHECKPOINT_SECONDS]
-        if not running:
-            return
+        if running:
+            with self.database.sessions() as session:
+                self.live.cancel(records.to_cancel(session, self.lease.lease_id))
+                release(session)
+                self.write(session, running)
+        self.generation.finisher.store_unstored()
+
+    def write(self, session: Session, running: Sequence[Live]) -> None:
         due = filter(is_due, running)
         grown = {live: found for live in due if (found := new_text(live)) is not None}
-        with self.database.sessions() as session:
-            if grown:
-                with transaction(session):
-                    records.checkpoint(
-                        session,
-                        [(live.record.id, text, tokens) for live, (text, tokens) in grown.items()],
-                    )
-            self.live.cancel(records.to_cancel(session, self.lease.lease_id))
+        if not grown:
+            return
+        with transaction(session):
+            records.checkpoint(session, list(grown.values()))
         for live, found in grown.items():
-            live.checkpointed, live.checkpointed_at = len(found[0]), time.monotonic()
+            live.checkpointed, live.checkpointed_at = len(found[1]), time.monotonic()
 
 
 def is_due(live: Live) -> bool:
@@ -55,8 +63,10 @@ def is_due(live: Live) -> bool:
     return live.seen or time.monotonic() - live.checkpointed_at > UNSEEN_SECONDS
 
 
-def new_text(live: Live) -> tuple[str, int] | None:
-    """The text and its number of tokens, if more of it is known than was stored."""
+def new_text(live: Live) -> tuple[int, str, int] | None:
+    """What is known of the text, if that is more than was stored."""
     snapshot = live.generation.snapshot()
-    grown = len(snapshot.text) > live.checkpointed
-    return (snapshot.text, len(snapshot.token_ids)) if grown else None
+    if len(snapshot.text) <= live.checkpointed:
+        return None
+    tokens = len(snapshot.token_ids)
+    return live.record.id, snapshot.text, tokens

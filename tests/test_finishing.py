@@ -5,16 +5,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from database import Database
-from errors import ConflictError
+from errors import ConflictError, GenerationFailedError
 from models import FinishReason, GenerationRecord, Status
 from repositories import records
 from repositories.records import RecordEnd
+from services import history
 from services.crowds import Crowds, SpoiltError
 from services.endings import Ending
 from services.finishing import Finisher
@@ -106,10 +108,47 @@ def test_an_ending_that_cannot_be_stored_takes_no_other_with_it(
 ) -> None:
     found = accepted(session, 4)
     futures = finished(database, finisher_of(database), found, spoilt=1)
-    with pytest.raises(Exception):  # noqa: B017  (each driver has its own)
+    with pytest.raises(GenerationFailedError):
         futures[1].result()
     assert [futures[place].result().status for place in (0, 2, 3)] == [Status.COMPLETED] * 3
     assert texts(session, found) == ["text 0", "", "text 2", "text 3"]
+    spoilt = history.get(session, OWNER, found[1].id)
+    assert (spoilt.status, spoilt.finish_reason) == (Status.FAILED, FinishReason.ERROR)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_text_that_the_database_does_not_take_is_a_failure(
+    database: Database, session: Session
+) -> None:
+    (record,) = accepted(session, 1)
+    ending = Ending(Status.COMPLETED, FinishReason.LENGTH, "a\0b", 3)
+    with pytest.raises(GenerationFailedError):
+        finisher_of(database).finish(session, record, ending, 1.0)
+    assert history.get(session, OWNER, record.id).status == Status.FAILED
+
+
+def test_endings_that_are_refused_again_hold_up_no_others(
+    database: Database, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    found = accepted(session, 4)
+    finisher = finisher_of(database)
+    values = {
+        "status": Status.COMPLETED,
+        "finish_reason": FinishReason.LENGTH,
+        "completion": "late",
+        "completion_tokens": 1,
+        "duration_ms": 1,
+        "updated_at": datetime.now(UTC),
+    }
+    never, lost = values | {"model_name": None}, values | {"completion_tokens": 2**70}
+    finisher.unstored += zip(found, (never, lost, values, values), strict=True)
+    history.delete(session, OWNER, found[3].id)
+    finisher.store_unstored()
+    assert list(finisher.unstored) == [(found[0], never)]
+    assert texts(session, found) == ["", "", "late", None]
+    assert history.get(session, OWNER, found[1].id).status == Status.FAILED
+    assert caplog.messages.count("record finished late") == 2  # not of the deleted one
 
 
 def test_a_row_that_was_closed_before_is_told_to_its_own_request_alone(
