@@ -121,26 +121,28 @@ def add_cached(
 
 
 class RecordEnd(NamedTuple):
-    """What a record's end writes into its row."""
+    """What a record's end writes into its row, while that is at the same attempt."""
 
     owner_id: str
     record_id: int
     values: Mapping[str, Any]
+    attempt: int = 1
 
 
 def finish(session: Session, owner_id: str, record_id: int, **values: Any) -> bool:
-    """Write a record's end, once: False when it is no longer in progress."""
+    """Write the end of a record's first attempt, once: False when it is no longer in progress."""
     return finish_all(session, [RecordEnd(owner_id, record_id, values)])[0]
 
 
 def finish_all(session: Session, ends: Sequence[RecordEnd]) -> list[bool]:
-    """Write records' ends, each once: False for those that are no longer in progress.
+    """Write records' ends, each once: False for those whose attempt is no longer in progress.
 
-    All write the same columns.
+    All write the same columns. The attempt tells a process that was stopped for a while, and whose
+    record was closed and begun again elsewhere, that the row is not its own any more.
     """
     rows = session.connection().execute(IN_PROGRESS, {"ids": [end.record_id for end in ends]})
-    found = {(row["owner_id"], row["id"]): row for row in rows.mappings()}
-    ended = [(end, found.pop((end.owner_id, end.record_id), None)) for end in ends]
+    found = {(row["owner_id"], row["id"], row["attempts"]): row for row in rows.mappings()}
+    ended = [(end, found.pop((end.owner_id, end.record_id, end.attempt), None)) for end in ends]
     written = [
         {"record": row["id"]} | {f"new_{name}": value for name, value in end.values.items()}
         for end, row in ended
@@ -198,18 +200,29 @@ def index_again(session: Session, record_ids: Sequence[int]) -> None:
     index(session, record_ids)
 
 
-def checkpoint(session: Session, texts: Sequence[tuple[int, str, int]]) -> None:
-    """Store how far running texts have come: (record id, text, tokens) of whatever owner."""
+class Grown(NamedTuple):
+    """How far a running text has come."""
+
+    record_id: int
+    text: str
+    tokens: int
+    attempt: int = 1
+
+
+def checkpoint(session: Session, texts: Sequence[Grown]) -> None:
+    """Store how far running texts of whatever owner have come, where the attempt still runs."""
     statement = (
         update(GenerationRecord)
         .where(
             GenerationRecord.id == bindparam("record"),
+            GenerationRecord.attempts == bindparam("attempt"),
             GenerationRecord.status == Status.IN_PROGRESS,
         )
         .values(completion=bindparam("text"), completion_tokens=bindparam("tokens"))
     )
     rows = [
-        {"record": record, "text": text, "tokens": tokens} for record, text, tokens in sorted(texts)
+        {"record": record_id, "attempt": attempt, "text": text, "tokens": tokens}
+        for record_id, text, tokens, attempt in sorted(texts)
     ]
     session.connection().execute(statement, rows)
 

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from database import Database, release, transaction
 from repositories import records
+from repositories.records import Grown
 from services.generation import GenerationService
 from services.leases import LeaseKeeper
 from services.live import Live, LiveGenerations
@@ -55,7 +56,7 @@ class Checkpointer:
         with transaction(session):
             records.checkpoint(session, list(grown.values()))
         for live, found in grown.items():
-            live.checkpointed, live.checkpointed_at = len(found[1]), time.monotonic()
+            live.checkpointed, live.checkpointed_at = len(found.text), time.monotonic()
 
 
 def is_due(live: Live) -> bool:
@@ -63,10 +64,10 @@ def is_due(live: Live) -> bool:
     return live.seen or time.monotonic() - live.checkpointed_at > UNSEEN_SECONDS
 
 
-def new_text(live: Live) -> tuple[int, str, int] | None:
+def new_text(live: Live) -> Grown | None:
     """What is known of the text, if that is more than was stored."""
     snapshot = live.generation.snapshot()
     if len(snapshot.text) <= live.checkpointed:
         return None
     tokens = len(snapshot.token_ids)
-    return live.record.id, snapshot.text, tokens
+    return Grown(live.record.id, snapshot.text, tokens, live.record.attempts)

@@ -11,10 +11,12 @@ from sqlalchemy.exc import DataError
 from sqlalchemy.orm import Session
 
 import metrics
-from database import Database, kind, transaction
+from database import Database, kind, release, transaction
 from errors import (
     ConflictError,
     GenerationFailedError,
+    InterruptedGenerationError,
+    ServiceError,
     StorageUnavailableError,
 )
 from log import event
@@ -64,9 +66,7 @@ class Finisher:
             self.unstored.append((record, values))
             raise
         if stored is None:
-            raise ConflictError(
-                "The record was deleted or closed while it was generated.", record_id=record.id
-            )
+            raise closed(session, record)
         tell("record finished", record, stored)
         if stored is not values:
             raise GenerationFailedError(
@@ -149,8 +149,17 @@ def tell(what: str, record: GenerationRecord, stored: Values) -> None:
     )
 
 
+def closed(session: Session, record: GenerationRecord) -> ServiceError:
+    """What a client is told whose record was not in progress any more when it was to be ended."""
+    found = records.get(session, record.owner_id, record.id)
+    release(session)
+    if found is None:
+        return ConflictError("The record was deleted while it was generated.", record_id=record.id)
+    return InterruptedGenerationError(record_id=record.id)  # this process was taken for dead
+
+
 def end_of(record: GenerationRecord, values: Values) -> RecordEnd:
-    return RecordEnd(record.owner_id, record.id, values)
+    return RecordEnd(record.owner_id, record.id, values, record.attempts)
 
 
 def commit_alone(session: Session, record: GenerationRecord, values: Values) -> Values | None:

@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from database import Database
-from errors import ConflictError, GenerationFailedError
+from database import Database, release, transaction
+from errors import ConflictError, GenerationFailedError, InterruptedGenerationError
 from models import FinishReason, GenerationRecord, Status
 from repositories import records
 from repositories.records import RecordEnd
@@ -159,9 +159,36 @@ def test_a_row_that_was_closed_before_is_told_to_its_own_request_alone(
     finished(database, finisher, found[2:])
     futures = finished(database, finisher, found)
     assert [futures[place].result().completion for place in (0, 1)] == ["text 0", "text 1"]
-    with pytest.raises(ConflictError):
+    with pytest.raises(InterruptedGenerationError):
         futures[2].result()
     assert texts(session, found) == ["text 0", "text 1", "text 0"]
+
+
+def test_an_end_that_finds_no_row_is_a_conflict(database: Database, session: Session) -> None:
+    (record,) = accepted(session, 1)
+    history.delete(session, OWNER, record.id)
+    (future,) = finished(database, finisher_of(database), [record])
+    with pytest.raises(ConflictError):
+        future.result()
+
+
+def test_an_earlier_attempt_writes_nothing_into_a_later_one(
+    database: Database, session: Session
+) -> None:
+    (record,) = accepted(session, 1)
+    with transaction(session):
+        records.interrupt(session, [], [record.id])
+    closed = history.get(session, OWNER, record.id)
+    release(session)
+    with transaction(session):
+        assert records.reopen(session, closed)
+    with transaction(session):
+        records.checkpoint(session, [records.Grown(record.id, "stale", 1, record.attempts)])
+    (future,) = finished(database, finisher_of(database), [record])
+    with pytest.raises(InterruptedGenerationError):
+        future.result()
+    found = history.get(session, OWNER, record.id)
+    assert (found.status, found.attempts, found.completion) == (Status.IN_PROGRESS, 2, "")
 
 
 def test_when_one_write_of_a_crowd_fails_nothing_of_it_is_stored(

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from models import GenerationRecord, Lease, Status
 from repositories import leases, records
+from services.endings import Ending
+from services.finishing import Finisher
 from services.leases import SILENT_BEATS, LeaseKeeper, process_identity, this_machine
-from tests.service import ROOT, Server, in_process, ready
+from tests.service import ROOT, Server, in_process, ready, sessions_of
 from tests.test_history import insert
 
 HOLDER = textwrap.dedent(
@@ -155,6 +158,35 @@ def test_who_was_judged_dead_takes_a_new_lease_and_cannot_finish(database: Datab
     keeper.beat()
     assert keeper.lease_id > first
     assert state(database, record) == ("incomplete", "interrupted")
+
+
+@pytest.mark.parametrize("begun_again", [False, True])
+def test_clients_of_who_was_judged_dead_are_told_to_ask_again(
+    service: TestClient, monkeypatch: pytest.MonkeyPatch, begun_again: bool
+) -> None:
+    """Another process takes the lease, and may run the record again, just before the end here."""
+    finisher: Finisher = service.app.state.generation.finisher  # type: ignore[attr-defined]
+    finish = finisher.finish
+
+    def finish_late(
+        session: Session, record: GenerationRecord, ending: Ending, seconds: float
+    ) -> GenerationRecord:
+        with sessions_of(service)() as elsewhere, transaction(elsewhere):
+            leases.remove(elsewhere, [record.lease_id or 0])
+            records.interrupt(elsewhere, [record.lease_id or 0])
+            if begun_again:
+                lease = leases.add(elsewhere, "another machine", "1/1").id
+                closed = elsewhere.get_one(GenerationRecord, record.id)
+                assert records.reopen(elsewhere, closed, lease_id=lease)
+        return finish(session, record, ending, seconds)
+
+    monkeypatch.setattr(finisher, "finish", finish_late)
+    answer = service.post("/generate", json={"prompt": "Once"})
+    assert (answer.status_code, answer.json()["code"]) == (503, "interrupted")
+    assert answer.headers["Retry-After"] == "1"
+    stored = service.get(f"/history/{answer.json()['id']}").json()
+    assert stored["status"] == ("in_progress" if begun_again else "incomplete")
+    assert stored["generated_text"] == "Once"
 
 
 def test_nothing_is_written_while_nothing_runs(database: Database) -> None:

@@ -275,7 +275,7 @@ def test_a_record_is_found_as_soon_as_it_has_ended(session: Session) -> None:
     ids = [insert(session, status=Status.IN_PROGRESS, completion="", lease_id=9) for _ in range(3)]
     assert ids_of(session, "once") == []
     with transaction(session):
-        records.checkpoint(session, [(ids[0], "half", 1)])
+        records.checkpoint(session, [records.Grown(ids[0], "half", 1)])
     assert ids_of(session, "half") == []
     ending = {"status": Status.FAILED, "finish_reason": FinishReason.ERROR, "completion": " whole"}
     with transaction(session):
@@ -297,7 +297,8 @@ def test_a_record_that_runs_again_is_not_found_meanwhile(session: Session) -> No
     assert indexed(session, "once") == []
     ending = {"status": Status.COMPLETED, "finish_reason": FinishReason.STOP}
     with transaction(session):
-        assert records.finish(session, OWNER, record, completion=" again", **ending)
+        end = records.RecordEnd(OWNER, record, ending | {"completion": " again"}, attempt=2)
+        assert records.finish_all(session, [end]) == [True]
     assert indexed(session, "once") == indexed(session, "again") == [record]
 
 
