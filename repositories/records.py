@@ -74,6 +74,15 @@ BY_CACHE_KEY = Lookup(
     .order_by(TABLE.c.id.desc())
     .limit(1)
 )
+HELD_SOURCE = Lookup(
+    select(TABLE.c.id)
+    .where(
+        TABLE.c.id == bindparam("record_id"),
+        TABLE.c.owner_id == bindparam("owner_id"),
+        TABLE.c.cache_key == bindparam("cache_key"),
+    )
+    .with_for_update(read=True)
+)
 IN_PROGRESS = (
     select(TABLE)
     .where(
@@ -330,6 +339,12 @@ def by_cache_key(
     """The latest complete answer to the same work. It has a text of its own; no session has it."""
     row = BY_CACHE_KEY.row(session, cache_key=cache_key, owner_id=owner_id, since=since)
     return None if row is None else GenerationRecord(**dict(zip(TABLE.c.keys(), row, strict=True)))
+
+
+def hold_source(session: Session, owner_id: str, record_id: int, cache_key: str) -> bool:
+    """Whether a record's text is still the answer to this work: then, to the transaction's end."""
+    found = HELD_SOURCE.row(session, record_id=record_id, owner_id=owner_id, cache_key=cache_key)
+    return found is not None
 
 
 def in_flight(session: Session, owner_id: str, flight_key: str) -> int | None:

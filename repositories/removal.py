@@ -50,8 +50,11 @@ def remove_texts(session: Session, record_ids: Sequence[int], now: datetime) -> 
 def hand_over(session: Session, leaving: Set[int]) -> None:
     """Before texts are changed or removed: answers from the cache that show them keep them.
 
-    The oldest that stays gets the text for its own, and is the others' source from then on.
+    The oldest that stays gets the text for its own, and is the others' source from then on. The
+    rows are held first: who is about to show one of their texts has done so, or finds it gone.
     """
+    held = select(GenerationRecord.id).where(GenerationRecord.id.in_(leaving))
+    session.execute(held.order_by(GenerationRecord.id).with_for_update())
     column = GenerationRecord.source_id
     dependents = list(
         session.scalars(

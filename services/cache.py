@@ -80,7 +80,10 @@ class ResponseCache:
         while (seconds := time.monotonic() - began) < timeout:
             source = self.find(session, ask.owner_id, key)
             if source is not None:
-                return keep(session, ask, source, enter, seconds)
+                kept = keep(session, ask, key, source, enter, seconds)
+                if kept is not None:
+                    return kept
+                continue
             runs = records.in_flight(session, ask.owner_id, key)
             release(session)
             if runs is None:
@@ -123,13 +126,19 @@ class ResponseCache:
 def keep(
     session: Session,
     ask: Ask,
+    key: str,
     source: GenerationRecord,
     enter: Callable[[Session], None],
     seconds: float,
-) -> GenerationRecord:
-    """Commit that a request was answered with the text of another record."""
+) -> GenerationRecord | None:
+    """Commit that a request was answered with the text of another record.
+
+    None where that text has been changed or taken since it was read.
+    """
     now = datetime.now(UTC)
     with transaction(session):
+        if not records.hold_source(session, ask.owner_id, source.id, key):
+            return None
         enter(session)
         record = records.add_cached(
             session,

@@ -12,9 +12,10 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select, text, update
 
-from database import transaction
+from database import release, transaction
 from models import GenerationRecord
-from services.cache import PREFIX
+from repositories import records, removal
+from services.cache import PREFIX, ResponseCache
 from tests.database_servers import Redis
 from tests.service import Server, in_process, ready, sessions_of
 from tests.sse import events, text_of
@@ -202,6 +203,82 @@ def test_a_corrected_message_changes_no_other_answer(service: TestClient) -> Non
     assert service.post(urls[2], json=body).json()["response_content"] != "No."
     service.put(f"/messages/{shown['id']}", json={"response_content": "Yes."})
     assert service.get(f"/messages/{shown['id']}").json()["response_content"] == "Yes."
+
+
+def said_in(client: TestClient, **body: Any) -> dict[str, Any]:
+    """A message in a conversation of its own."""
+    conversation = client.post("/conversations", json={"title": "Tales"}).json()["id"]
+    answer = client.post(f"/conversations/{conversation}/messages", json=body)
+    assert answer.status_code == 201, answer.text
+    message: dict[str, Any] = answer.json()
+    return message
+
+
+def told(client: TestClient, message: dict[str, Any]) -> tuple[str, str]:
+    """What a message says when it is read again."""
+    found = client.get(f"/messages/{message['id']}").json()
+    return found["prompt_content"], found["response_content"]
+
+
+def cache_of(client: TestClient) -> ResponseCache:
+    cache: ResponseCache = client.app.state.generation.cache  # type: ignore[attr-defined]
+    return cache
+
+
+def test_an_answer_that_is_corrected_while_it_is_looked_up_is_made_anew(
+    service: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"prompt_content": "Good noon", "max_length": 40, "use_cache": True}
+    source = said_in(service, **body)
+    cache = cache_of(service)
+    find = cache.find
+
+    def find_then_correct(*looked_up: Any) -> GenerationRecord | None:
+        found = find(*looked_up)
+        change = {"prompt_content": "Corrected", "response_content": "By hand"}
+        service.put(f"/messages/{source['id']}", json=change)
+        return found
+
+    monkeypatch.setattr(cache, "find", find_then_correct)
+    answer = said_in(service, **body)
+    assert told(service, answer) == ("Good noon", answer["response_content"])
+    assert told(service, source) == ("Corrected", "By hand")
+
+
+def test_an_answer_waits_for_a_correction_that_is_not_committed_yet(service: TestClient) -> None:
+    body = {"prompt_content": "Good dusk", "max_length": 40, "use_cache": True}
+    source = said_in(service, **body)
+    with ThreadPoolExecutor(1) as pool:
+        with sessions_of(service)() as session, transaction(session):
+            record = session.get_one(GenerationRecord, source["id"])
+            removal.separate(session, record)
+            record.own_prompt, record.own_completion = "Corrected", "By hand"
+            session.flush()
+            asked = pool.submit(said_in, service, **body)
+            time.sleep(0.5)
+        answer = asked.result()
+    assert told(service, answer) == ("Good dusk", answer["response_content"])
+
+
+def test_a_correction_waits_for_an_answer_that_is_not_committed_yet(service: TestClient) -> None:
+    body = {"prompt_content": "Good dawn", "max_length": 40, "use_cache": True}
+    source = said_in(service, **body)
+    now = datetime.now(UTC)
+    with ThreadPoolExecutor(1) as pool:
+        with sessions_of(service)() as session:
+            found = session.get_one(GenerationRecord, source["id"])
+            release(session)
+            with transaction(session):
+                assert records.hold_source(session, "local", found.id, found.cache_key or "")
+                shown = records.add_cached(
+                    session, "local", found, created_at=now, updated_at=now, conversation_id=None
+                )
+                change = {"response_content": "By hand"}
+                put = pool.submit(service.put, f"/messages/{source['id']}", json=change)
+                time.sleep(0.5)
+        assert put.result().is_success
+    kept = service.get(f"/history/{shown.id}").json()
+    assert kept["generated_text"] == "Good dawn" + source["response_content"]
 
 
 def test_a_cached_answer_is_replayed_like_its_source(service: TestClient, user: str) -> None:
