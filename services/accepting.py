@@ -69,7 +69,7 @@ class Accepter:
         def store(session: Session) -> GenerationRecord:
             enter(session)
             if again is not None:
-                return reopened(session, again, values)
+                return reopened(session, again, values | asked_again(ask, cache_key))
             record = new_record(ask, values, cache_key)
             records.add_all(session, [record])
             # Who did the same may have ended between our look into the store and this row.
@@ -161,6 +161,20 @@ def planned_values(plan: Plan) -> dict[str, Any]:
         "prompt_tokens": len(plan.prompt_ids),
         "completion_tokens": 0,
         "updated_at": datetime.now(UTC),
+    }
+
+
+def asked_again(ask: Ask, cache_key: str | None) -> dict[str, Any]:
+    """What a row says of its request, whatever was made of it since the first try.
+
+    It may have been corrected by hand, or taken by retention; and in a thread that was corrected
+    it is other work now. Nobody waits for a second try: another may do the same.
+    """
+    return {
+        "prompt": ask.prompt,
+        "cache_key": cache_key,
+        "flight_key": None,
+        "text_removed_at": None,
     }
 
 

@@ -168,9 +168,10 @@ class GenerationService:
         self.content_filter.check(ask.prompt)
         model, engine = self.models.running()
         planned = plan(model)
-        if again is not None:
-            return self.start(session, ask, engine, planned.seeded(again.seed), enter, again)
         cache_key = self.cache.key(ask, planned)
+        if again is not None:
+            planned = planned.seeded(again.seed)
+            return self.start(session, ask, engine, planned, enter, again, cache_key)
         if cache_key is None:
             return self.start(session, ask, engine, planned, enter)
         with self.turns.of(cache_key, self.timeout):

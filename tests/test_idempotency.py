@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from database import transaction
 from models import FinishReason, GenerationRecord, Status
-from repositories import records
+from repositories import records, removal
 from tests.service import sessions_of
 from tests.sse import Event, events, text_of
 
@@ -156,6 +156,10 @@ def test_a_message_that_was_cut_short_is_answered_in_its_place(
     assert [message["id"] for message in service.get(url).json()] == [first["id"], later["id"]]
 
 
+def cut_short(client: TestClient, record_id: int) -> None:
+    rewrite(client, record_id, status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED)
+
+
 def test_a_message_that_was_cut_short_and_then_corrected_keeps_the_correction(
     service: TestClient, key: str
 ) -> None:
@@ -163,11 +167,46 @@ def test_a_message_that_was_cut_short_and_then_corrected_keeps_the_correction(
     url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
     body = {"prompt_content": "Hello", "max_length": 20}
     first = service.post(url, json=body, headers=headers).json()
-    rewrite(service, first["id"], status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED)
+    cut_short(service, first["id"])
     path = f"/messages/{first['id']}"
     corrected = service.put(path, json={"response_content": "Good day."}).json()
     assert service.post(url, json=body, headers=headers).json()["id"] == first["id"]
     assert service.get(path).json() == corrected
+
+
+def test_a_text_that_retention_took_is_there_again(service: TestClient, key: str) -> None:
+    first = post(service, key).json()
+    cut_short(service, first["id"])
+    with sessions_of(service)() as session, transaction(session):
+        removal.remove_texts(session, [first["id"]], datetime.now(UTC))
+    again = post(service, key).json()
+    assert again["generated_text"] == first["generated_text"]
+    assert again["text_removed_at"] is None
+    assert service.get(f"/history/{first['id']}").json() == again
+
+
+def test_a_second_try_in_another_thread_is_other_work(service: TestClient, key: str) -> None:
+    body = {"prompt_content": "Who was it?", "max_length": 30, "use_cache": True}
+    anna, fisher = f"Anna {key}", f"The old fisherman {key}"
+
+    def told(name: str) -> tuple[str, int]:
+        """A thread that begins with an answer that was given."""
+        conversation = service.post("/conversations", json={"title": "Names"}).json()["id"]
+        url = f"/conversations/{conversation}/messages"
+        given = {"prompt_content": "Who are you?", "response_content": name}
+        return url, service.post(url, json=given).json()["id"]
+
+    def is_cached(url: str) -> bool:
+        said = service.post(url, json=body).json()
+        return bool(service.get(f"/history/{said['id']}").json()["cached"])
+
+    url, before = told(anna)
+    headers = {"Idempotency-Key": key}
+    cut_short(service, service.post(url, json=body, headers=headers).json()["id"])
+    service.put(f"/messages/{before}", json={"response_content": fisher})
+    service.post(url, json=body, headers=headers)
+    assert not is_cached(told(anna)[0])
+    assert is_cached(told(fisher)[0])
 
 
 def test_an_exchange_is_kept_once(service: TestClient, key: str) -> None:
