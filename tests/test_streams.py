@@ -219,6 +219,7 @@ def test_after_a_kill_the_seen_text_is_stored_and_the_end_is_honest(tmp_path: Pa
             time.sleep(0.01)
     finally:
         server.kill()
+    assert stored
     again = Server(environment, tmp_path / "log").wait_until_alive()
     try:
         found = record(again, record_id)
