@@ -92,7 +92,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     app.state.replies = Replies(generation)
     app.state.streams = Streams(database, live)
-    checkpointer = Checkpointer(database, lease, live, generation)
+    checkpointer = Checkpointer(database, live, generation)
     retention = Retention(database, settings.retention_days, settings.retention_body_days)
     tickers = [
         Ticker("checkpoints", CHECKPOINT_SECONDS, checkpointer.tick),

@@ -105,9 +105,11 @@ def update_conversation(
 
 
 @router.delete("/conversations/{conversation_id}", status_code=204, responses=responses(404, 503))
-def delete_conversation(conversation_id: ConversationId, session: DbSession, owner: Owner) -> None:
+def delete_conversation(
+    conversation_id: ConversationId, session: DbSession, owner: Owner, service: Generation
+) -> None:
     """Delete a conversation and its messages."""
-    conversations.delete(session, owner, conversation_id)
+    conversations.delete(session, owner, conversation_id, service.live.all())
 
 
 @router.get(
@@ -203,8 +205,10 @@ def update_message(
 
 
 @router.delete("/messages/{message_id}", status_code=204, responses=responses(404, 503))
-def delete_message(message_id: MessageId, session: DbSession, owner: Owner) -> None:
-    conversations.delete_message(session, owner, message_id)
+def delete_message(
+    message_id: MessageId, session: DbSession, owner: Owner, service: Generation
+) -> None:
+    conversations.delete_message(session, owner, message_id, service.live.all())
 
 
 def begin_text(

@@ -98,9 +98,11 @@ def get_statistics(
 
 
 @router.delete("/history/{record_id}", status_code=204, responses=responses(404, 503))
-def delete_record(record_id: RecordId, session: DbSession, owner: Owner) -> None:
+def delete_record(
+    record_id: RecordId, session: DbSession, owner: Owner, service: Generation
+) -> None:
     """Delete one record for good."""
-    history.delete(session, owner, record_id)
+    history.delete(session, owner, record_id, service.live.all())
 
 
 @router.delete("/users/{user_id:path}", responses=responses(503))

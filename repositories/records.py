@@ -93,6 +93,12 @@ IN_PROGRESS = (
     .with_for_update()
 )
 
+WANTED = select(TABLE.c.id, TABLE.c.attempts).where(
+    TABLE.c.id.in_(bindparam("ids", expanding=True)),
+    TABLE.c.status == Status.IN_PROGRESS,
+    TABLE.c.cancel_requested.is_not(True),
+)
+
 
 def add(session: Session, owner_id: str, **values: Any) -> GenerationRecord:
     """Insert a record, in progress unless ``values`` say otherwise; it has its id on return."""
@@ -250,15 +256,11 @@ def request_cancel(session: Session, owner_id: str, record_id: int) -> None:
     )
 
 
-def to_cancel(session: Session, lease_id: int) -> list[int]:
-    """Records of whatever owner that a process runs and somebody wants cancelled."""
-    return list(
-        session.scalars(
-            select(GenerationRecord.id).where(
-                GenerationRecord.lease_id == lease_id, GenerationRecord.cancel_requested.is_(True)
-            )
-        )
-    )
+def wanted(session: Session, record_ids: Sequence[int]) -> set[tuple[int, int]]:
+    """Which records of whatever owner are to go on, each with its attempt: they are in progress,
+    and nobody asked to cancel them."""
+    found = session.execute(WANTED, {"ids": record_ids})
+    return {(record_id, attempt) for record_id, attempt in found}
 
 
 def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord | None:

@@ -1,4 +1,4 @@
-"""Writes running texts into their rows as they grow, all together, and looks for cancellations.
+"""Writes running texts into their rows as they grow, all together, and stops what is not wanted.
 
 What a follower saw more than a second before a crash is in the row. Where nobody has looked yet,
 as while a client waits for one whole answer, the text is kept all the same, but less often: for 32
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from sqlalchemy.orm import Session
 
 from database import Database, release, transaction
+from engine.sampling import FinishReason
 from repositories import records
 from repositories.records import Grown
 from services.generation import GenerationService
-from services.leases import LeaseKeeper
 from services.live import Live, LiveGenerations
 
 CHECKPOINT_SECONDS = 0.5
@@ -25,12 +25,10 @@ class Checkpointer:
     def __init__(
         self,
         database: Database,
-        lease: LeaseKeeper,
         live: LiveGenerations,
         generation: GenerationService,
     ) -> None:
         self.database = database
-        self.lease = lease
         self.live = live
         self.generation = generation
 
@@ -43,9 +41,7 @@ class Checkpointer:
         running = [live for live in self.live.all() if live.seconds() > CHECKPOINT_SECONDS]
         if running:
             with self.database.sessions() as session:
-                self.live.cancel(records.to_cancel(session, self.lease.lease_id))
-                release(session)
-                self.write(session, running)
+                self.write(session, stop_unwanted(session, running))
         self.generation.finisher.store_unstored()
 
     def write(self, session: Session, running: Sequence[Live]) -> None:
@@ -57,6 +53,20 @@ class Checkpointer:
             records.checkpoint(session, list(grown.values()))
         for live, found in grown.items():
             live.checkpointed, live.checkpointed_at = len(found.text), time.monotonic()
+
+
+def stop_unwanted(session: Session, running: Sequence[Live]) -> list[Live]:
+    """Stop those that somebody cancelled or deleted, or that another process closed, for whatever
+    the model makes of them is in vain; the rest goes on."""
+    wanted = records.wanted(session, [live.record.id for live in running])
+    release(session)
+    going_on = []
+    for live in running:
+        if (live.record.id, live.record.attempts) in wanted:
+            going_on.append(live)
+        else:
+            live.generation.cancel(FinishReason.CANCELLED)
+    return going_on
 
 
 def is_due(live: Live) -> bool:

@@ -5,7 +5,7 @@ its completion. Nothing is stored twice.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,6 +28,7 @@ from models import (
 from reader import Reader
 from repositories import conversations, records, removal
 from services import history
+from services.live import Live
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +104,14 @@ def change(
         return get(session, owner_id, conversation_id)
 
 
-def delete(session: Session, owner_id: str, conversation_id: int) -> None:
+def delete(
+    session: Session, owner_id: str, conversation_id: int, running: Sequence[Live] = ()
+) -> None:
     """Its messages go with it. Raises NotFoundError."""
     with transaction(session):
         if not conversations.remove(session, owner_id, conversation_id):
             raise conversation_not_found()
+    history.stop(running, lambda record: record.conversation_id == conversation_id)
     event(log, logging.INFO, "conversation deleted", id=conversation_id)
 
 
@@ -175,12 +179,15 @@ def rewrite(record: GenerationRecord, given: Mapping[str, Any], tokens: Mapping[
             setattr(record, tokens_column, tokens[field])
 
 
-def delete_message(session: Session, owner_id: str, message_id: int) -> None:
+def delete_message(
+    session: Session, owner_id: str, message_id: int, running: Sequence[Live] = ()
+) -> None:
     """Raises NotFoundError."""
     with transaction(session):
         record = message(session, owner_id, message_id)
         removal.remove(session, owner_id, record.id)
         touch(session, owner_id, record.conversation_id)
+    history.stop(running, lambda record: record.id == message_id)
 
 
 def touch(session: Session, owner_id: str, conversation_id: int | None) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy.orm import Session
@@ -14,7 +15,7 @@ from models import TERMINAL, GenerationRecord, HistoryQuery, Record
 from reader import Reader
 from repositories import lists, records, removal
 from services import search
-from services.live import LiveGenerations
+from services.live import Live, LiveGenerations
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +86,17 @@ def pin(session: Session, owner_id: str, record_id: int, pinned: bool) -> Genera
         return get(session, owner_id, record_id)
 
 
-def delete(session: Session, owner_id: str, record_id: int) -> None:
-    """Raises NotFoundError."""
+def delete(session: Session, owner_id: str, record_id: int, running: Sequence[Live] = ()) -> None:
+    """Stop it, too, where it is among those that run here. Raises NotFoundError."""
     with transaction(session):
         if not removal.remove(session, owner_id, record_id):
             raise NotFoundError
+    stop(running, lambda record: record.id == record_id)
     event(log, logging.INFO, "record deleted", id=record_id)
+
+
+def stop(running: Sequence[Live], is_deleted: Callable[[GenerationRecord], bool]) -> None:
+    """At once what runs here; another process finds with its next checkpoint that a row is gone."""
+    for live in running:
+        if is_deleted(live.record):
+            live.generation.cancel(FinishReason.CANCELLED)

@@ -7,7 +7,7 @@ from its own place on, so nothing is buffered for anybody: a slow follower gets 
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 from engine.sampling import FinishReason
@@ -112,11 +112,6 @@ class LiveGenerations:
     def all(self) -> list[Live]:
         with self.lock:
             return list(self.by_record.values())
-
-    def cancel(self, record_ids: Sequence[int]) -> None:
-        for live in self.all():
-            if live.record.id in record_ids:
-                live.generation.cancel(FinishReason.CANCELLED)
 
     def wait_until_none(self, timeout: float) -> bool:
         with self.lock:
