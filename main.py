@@ -108,6 +108,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         retention.stop()
         for ticker in tickers:
             ticker.stop()
+        generation.finisher.store_unstored()  # what is left open is closed with the lease
         lease.stop()
         database.close()
 

@@ -1,6 +1,7 @@
 """Stores how generations ended: first the row, then the answer."""
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ class Finisher:
         self.crowds = crowds
         self.lease = lease
         self.unstored: deque[tuple[GenerationRecord, Values]] = deque()
+        self.round = threading.Lock()  # at the end of a process there may be two
 
     def finish(
         self, session: Session, record: GenerationRecord, ending: Ending, seconds: float
@@ -111,25 +113,29 @@ class Finisher:
         Each has its turn, but a round does not last long: it begins with whose turn is next.
         """
         deadline = time.monotonic() + UNSTORED_SECONDS
-        for _ in range(len(self.unstored)):
-            if time.monotonic() > deadline:
-                return
-            record, values = self.unstored[0]
-            try:
-                with self.database.sessions() as session:
-                    stored = commit_alone(session, record, values)
-            except Exception as error:  # whatever is wrong with this one, the others go on
-                event(
-                    log, logging.ERROR, "record not finished yet", id=record.id, error=kind(error)
-                )
-                self.unstored.rotate(-1)
-                continue
-            self.unstored.popleft()
-            self.lease.drop(record.id)
-            if stored is None:
-                event(log, logging.WARNING, "record was closed before its end", id=record.id)
-            else:
-                tell("record finished late", record, stored)
+        with self.round:
+            for _ in range(len(self.unstored)):
+                if time.monotonic() > deadline:
+                    return
+                if self.store_late(*self.unstored[0]):
+                    self.unstored.popleft()
+                else:
+                    self.unstored.rotate(-1)
+
+    def store_late(self, record: GenerationRecord, values: Values) -> bool:
+        """False where it is refused again, for whatever reason: the others go on."""
+        try:
+            with self.database.sessions() as session:
+                stored = commit_alone(session, record, values)
+        except Exception as error:
+            event(log, logging.ERROR, "record not finished yet", id=record.id, error=kind(error))
+            return False
+        self.lease.drop(record.id)
+        if stored is None:
+            event(log, logging.WARNING, "record was closed before its end", id=record.id)
+        else:
+            tell("record finished late", record, stored)
+        return True
 
 
 def tell(what: str, record: GenerationRecord, stored: Values) -> None:

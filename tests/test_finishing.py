@@ -1,11 +1,14 @@
 """Endings that come together are stored together, and none is lost to another."""
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import event
@@ -19,8 +22,9 @@ from repositories.records import RecordEnd
 from services import history
 from services.crowds import Crowds, SpoiltError
 from services.endings import Ending
-from services.finishing import Finisher
+from services.finishing import Finisher, Values
 from services.leases import LeaseKeeper
+from tests.service import in_process, ready
 from tests.test_history import OWNER, insert
 
 
@@ -149,6 +153,30 @@ def test_endings_that_are_refused_again_hold_up_no_others(
     assert texts(session, found) == ["", "", "late", None]
     assert history.get(session, OWNER, found[1].id).status == Status.FAILED
     assert caplog.messages.count("record finished late") == 2  # not of the deleted one
+
+
+def test_what_was_refused_is_tried_once_more_when_the_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("main.CHECKPOINT_SECONDS", 1000.0)  # so that only the end tries again
+    file = tmp_path / "records.db"
+    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    settings = {"DATABASE_URL": f"sqlite:///{file}", "DATABASE_TIMEOUT_SECONDS": "0.5"}
+    with in_process(**settings) as client, closing(other):
+        finisher: Finisher = ready(client).app.state.generation.finisher  # type: ignore[attr-defined]
+        commit = finisher.commit
+
+        def commit_while_locked(*given: Any) -> Values | None:
+            other.execute("BEGIN IMMEDIATE")
+            return commit(*given)
+
+        monkeypatch.setattr(finisher, "commit", commit_while_locked)
+        answer = client.post("/generate", json={"prompt": "Once"})
+        assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
+        other.execute("ROLLBACK")
+    with closing(sqlite3.connect(file)) as connection:
+        found = connection.execute("SELECT status, completion <> '' FROM generation_records")
+        assert found.fetchall() == [("completed", 1)]
 
 
 def test_a_row_that_was_closed_before_is_told_to_its_own_request_alone(
