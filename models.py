@@ -39,7 +39,6 @@ LOCAL_OWNER = "local"  # whose rows they are where no key is configured
 
 
 class Status(StrEnum):
-    QUEUED = "queued"
     IN_PROGRESS = "in_progress"
     COMPLETED = "completed"
     INCOMPLETE = "incomplete"
@@ -51,7 +50,6 @@ TERMINAL = frozenset({Status.COMPLETED, Status.INCOMPLETE, Status.FAILED, Status
 
 
 STATUS_CODES = {
-    Status.QUEUED: 202,
     Status.IN_PROGRESS: 202,
     Status.COMPLETED: 200,
     Status.INCOMPLETE: 503,

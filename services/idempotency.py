@@ -71,7 +71,7 @@ def first_try(
         return None
     if record.idempotency_fingerprint != once.fingerprint:
         raise KeyReusedError
-    if record.status in (Status.QUEUED, Status.IN_PROGRESS):
+    if record.status == Status.IN_PROGRESS:
         raise KeyInUseError(record_id=record.id)
     return record
 
