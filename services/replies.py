@@ -4,8 +4,9 @@ A prompt passes the content filter whichever way it comes into a thread: the mod
 was said there, sooner or later.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 
@@ -13,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from database import release, transaction
-from errors import ConflictError
+from errors import ConflictError, DeadlineExceededError
 from models import (
     TERMINAL,
     Conversation,
@@ -31,6 +32,7 @@ from services.generation import Answer, GenerationService
 from services.idempotency import Key, once_of, once_values
 from services.live import Live
 from services.planning import CONTEXT_TURNS, MessageAsk, plan_reply, turns_of
+from services.turns import Places, Turns
 
 TURN_PATIENCE_SECONDS = 0.05
 
@@ -39,9 +41,17 @@ class ThreadMovedError(Exception):
     """Another message came into the thread first."""
 
 
+def too_long() -> ConflictError:
+    return ConflictError("Another reply in this conversation takes too long.")
+
+
 class Replies:
-    def __init__(self, generation: GenerationService) -> None:
+    """``most_waiting`` messages may wait until their conversation's reply has ended."""
+
+    def __init__(self, generation: GenerationService, most_waiting: int) -> None:
         self.generation = generation
+        self.turns = Turns()
+        self.places = Places(most_waiting)
 
     def open(self, session: Session, owner_id: str, request: ConversationCreate) -> Conversation:
         """Begin a conversation. Raises ContentRefusedError."""
@@ -87,29 +97,45 @@ class Replies:
         return self.generation.let_go(self.begin(session, ask))
 
     def begin(self, session: Session, ask: MessageAsk) -> Live | Answer:
-        def begin(first: GenerationRecord | None) -> Live | Answer:
-            if first is None:
-                return self.wait_for_turn(session, ask)
-            before = read_thread(session, ask, before=first.id)
-            return self.answer(session, ask, before, again=first)
+        return self.generation.once(session, ask, partial(self.wait_for_turn, session, ask))
 
-        return self.generation.once(session, ask, begin)
+    def wait_for_turn(
+        self, session: Session, ask: MessageAsk, again: GenerationRecord | None
+    ) -> Live | Answer:
+        """Wait for the turn, then read the thread and take the next place in it, or try again.
 
-    def wait_for_turn(self, session: Session, ask: MessageAsk) -> Live | Answer:
-        """Wait for the turn, then read the thread and take the next place in it, or try again."""
+        ``again`` is a first try that was cut short: it is answered in its old place.
+        """
         deadline = time.monotonic() + self.generation.timeout
-        while time.monotonic() < deadline:
-            get(session, ask.owner_id, ask.conversation_id)
-            thread = read_thread(session, ask)
-            running = next((said for said in thread if said.status not in TERMINAL), None)
-            if running is not None:
-                self.wait_for_end(running, deadline - time.monotonic())
-                continue
+        with self.turn_in(ask) as before_waiting:
+            while time.monotonic() < deadline:
+                seen, thread = read_conversation(session, ask)
+                running = next((said for said in thread if said.status not in TERMINAL), None)
+                if running is not None:
+                    before_waiting()
+                    self.wait_for_end(running, deadline - time.monotonic())
+                    continue
+                enter = partial(take_turn, ask, seen, thread)
+                with contextlib.suppress(ThreadMovedError):
+                    return self.answer(session, ask, thread, enter, again)
+        raise too_long()
+
+    @contextlib.contextmanager
+    def turn_in(self, ask: MessageAsk) -> Iterator[Callable[[], None]]:
+        """Of all messages here for one conversation only one looks whether it can be answered.
+
+        The others stand in line: what each would do there for nothing is what the first does.
+        Gives what to call before waiting further, which may raise OverloadedError.
+        """
+        line = f"{ask.owner_id} {ask.conversation_id}"
+        with contextlib.ExitStack() as held:
+            before_waiting = held.enter_context(self.places.one())
+            turn = self.turns.of(line, self.generation.timeout, before_waiting)
             try:
-                return self.answer(session, ask, thread, partial(take_turn, ask, thread))
-            except ThreadMovedError:
-                continue
-        raise ConflictError("Another reply in this conversation takes too long.")
+                held.enter_context(turn)
+            except DeadlineExceededError:
+                raise too_long() from None
+            yield before_waiting
 
     def wait_for_end(self, running: GenerationRecord, timeout: float) -> None:
         """Until it has ended, if it runs here; a moment where another process runs it."""
@@ -122,10 +148,11 @@ class Replies:
         session: Session,
         ask: MessageAsk,
         thread: list[GenerationRecord],
-        enter: Callable[[Session], None] = lambda _: None,
-        again: GenerationRecord | None = None,
+        enter: Callable[[Session], None],
+        again: GenerationRecord | None,
     ) -> Live | Answer:
-        turns = turns_of(thread)
+        before = thread if again is None else read_thread(session, ask, before=again.id)
+        turns = turns_of(before)
         return self.generation.begin(
             session,
             ask,
@@ -190,6 +217,12 @@ def message_ask(
     )
 
 
+def read_conversation(session: Session, ask: MessageAsk) -> tuple[datetime, list[GenerationRecord]]:
+    """When it was changed last, and its thread; read in this order. Raises NotFoundError."""
+    conversation = get(session, ask.owner_id, ask.conversation_id)
+    return conversation.updated_at, read_thread(session, ask)
+
+
 def read_thread(
     session: Session, ask: MessageAsk, before: int | None = None
 ) -> list[GenerationRecord]:
@@ -200,15 +233,20 @@ def read_thread(
     return thread
 
 
-def take_turn(ask: MessageAsk, thread: list[GenerationRecord], session: Session) -> None:
+def take_turn(
+    ask: MessageAsk, seen: datetime, thread: list[GenerationRecord], session: Session
+) -> None:
     """Note in the conversation that a message comes.
 
-    Raises ThreadMovedError where the thread is not what was read any more.
+    Raises ThreadMovedError where the thread is not what was read any more: it has another end, or
+    a message in its middle is answered once more.
     """
     last = thread[-1].id if thread else 0
     if not conversations.is_at(session, ask.owner_id, ask.conversation_id, last):
         raise ThreadMovedError
     conversation = get(session, ask.owner_id, ask.conversation_id)
+    if conversation.updated_at != seen:
+        raise ThreadMovedError
     conversation.updated_at = datetime.now(UTC)
     if not thread:
         want_title(session, conversation, ask.prompt)

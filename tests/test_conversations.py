@@ -4,6 +4,8 @@ import asyncio
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from errors import NotFoundError
 from models import GenerationRecord
 from repositories import conversations
 from services import conversations as service
+from tests.service import in_process, ready
 from tests.sse import events, text_of
 from tests.test_history import NOON, OWNER, insert
 
@@ -251,3 +254,34 @@ def test_nobody_reads_what_another_owner_has(database: Database, session: Sessio
     assert found.title == "Secret"
     with pytest.raises(NotFoundError):
         asyncio.run(service.read(database.reader, OWNER, theirs.id))
+
+
+def say_at_once(client: TestClient, conversation: dict[str, Any], count: int) -> list[Any]:
+    with ThreadPoolExecutor(count) as pool:
+        texts = [f"Number {n}" for n in range(count)]
+        return list(pool.map(lambda text: say(client, conversation, text, max_length=60), texts))
+
+
+def test_who_waits_for_a_turn_takes_no_place_of_the_models_queue(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'records.db'}"
+    with in_process(DATABASE_URL=url, MAX_WAITING="1") as own:
+        conversation = new(ready(own), title="Few places")
+        answers = say_at_once(own, conversation, 16)
+        assert [answer.status_code for answer in answers] == [201] * 16
+        kept = own.get(f"/conversations/{conversation['id']}/messages").json()
+        assert len(kept) == 16
+
+
+def test_no_more_wait_for_a_turn_than_leave_threads_for_others(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'records.db'}"
+    with in_process(DATABASE_URL=url, REQUEST_THREADS="12", DATABASE_POOL_SIZE="12") as own:
+        conversation = new(ready(own), title="Few threads")
+        answers = say_at_once(own, conversation, 12)
+        refused = [answer for answer in answers if answer.status_code == 503]
+        assert {answer.status_code for answer in answers} == {201, 503}
+        for answer in refused:
+            assert answer.json()["code"] == "overloaded"
+            assert int(answer.headers["Retry-After"]) > 0
+        kept = own.get(f"/conversations/{conversation['id']}/messages").json()
+        assert len(kept) == 12 - len(refused) >= 3  # one was answered while two waited
+        assert say(own, conversation, "Are there places again?").status_code == 201

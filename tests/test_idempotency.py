@@ -231,3 +231,21 @@ def test_keys_of_two_owners_do_not_meet(service: TestClient, key: str) -> None:
         found = records.by_idempotency_key(session, "local", key)
         assert found is not None
         assert found.id == record["id"]
+
+
+def test_a_message_that_is_run_again_waits_for_its_turn(service: TestClient, key: str) -> None:
+    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
+    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
+    body = {"prompt_content": "Hello", "max_length": 20}
+    first = service.post(url, json=body, headers=headers).json()
+    rewrite(service, first["id"], status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED)
+    long = {"prompt_content": "Tell me all of it", "max_length": 200}
+    with ThreadPoolExecutor(1) as other:
+        later = other.submit(service.post, url, json=long)
+        while len(service.get(url).json()) == 1:
+            assert not later.done()
+        again = service.post(url, json=body, headers=headers).json()
+        kept = service.get(url).json()
+        assert [message["id"] for message in kept] == [first["id"], later.result().json()["id"]]
+    assert kept[1] == later.result().json()  # it had ended before
+    assert again["response_content"] == first["response_content"]
