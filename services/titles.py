@@ -64,7 +64,7 @@ class Titler:
                 text = generation.result(TITLE_TIMEOUT_SECONDS).text
         except (ModelNotReadyError, EngineFullError, EngineStoppedError, GenerationError):
             return fallback
-        except TimeoutError:
+        except (TimeoutError, ValueError):  # the latter: no question that the model can run
             return fallback
         suggested = text.strip(" '")
         return first_words(f"{lead}{suggested}") if suggested else fallback
@@ -73,9 +73,18 @@ class Titler:
 def question(model: "LoadedModel", prompt: str) -> tuple[str, list[int]]:
     """What a title begins with, and the tokens that ask for the rest of it.
 
-    A model that was made for chat is asked; one that only continues texts gets a text to continue.
+    Of the prompt it has as much as leaves room for the title: a character can be several tokens.
     """
     words = prompt[:PROMPT_CHARACTERS]
+    lead, ids = question_of(model, words)
+    while words and len(ids) + TITLE_TOKENS > model.context_size:
+        words = words[: len(words) // 2]
+        lead, ids = question_of(model, words)
+    return lead, ids
+
+
+def question_of(model: "LoadedModel", words: str) -> tuple[str, list[int]]:
+    """A model made for chat is asked; one that only continues texts gets a text to continue."""
     if model.tokenizer.chat_template:
         asked = f"Suggest a title of at most six words for a conversation that begins so:\n{words}"
         return "", model.encode_thread([], asked)[0]

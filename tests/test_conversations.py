@@ -17,7 +17,7 @@ from errors import NotFoundError
 from models import GenerationRecord
 from repositories import conversations
 from services import conversations as service
-from tests.service import in_process, ready
+from tests.service import in_process, ready, sessions_of
 from tests.sse import events, text_of
 from tests.test_history import NOON, OWNER, insert
 
@@ -285,3 +285,14 @@ def test_no_more_wait_for_a_turn_than_leave_threads_for_others(tmp_path: Path) -
         kept = own.get(f"/conversations/{conversation['id']}/messages").json()
         assert len(kept) == 12 - len(refused) >= 3  # one was answered while two waited
         assert say(own, conversation, "Are there places again?").status_code == 201
+
+
+def test_a_prompt_longer_than_the_models_context_holds_up_no_title(client: TestClient) -> None:
+    made = [new(client, initial_prompt=prompt)["id"] for prompt in ("🐉" * 500, "A tale", "Two")]
+    deadline = time.monotonic() + 20
+    with sessions_of(client)() as session:
+        while conversations.untitled(session, 1):
+            assert time.monotonic() < deadline
+            session.rollback()
+            time.sleep(0.1)
+    assert all(client.get(f"/conversations/{id}").json()["title"] for id in made)
