@@ -80,13 +80,35 @@ def turns_of(thread: Sequence[GenerationRecord]) -> list[Turn]:
 
 
 def fit_thread(model: "LoadedModel", thread: Sequence[Turn], prompt: str, room: int) -> list[int]:
-    """Token ids of the thread's latest turns and the prompt that leave ``room`` for the reply."""
-    for first in range(len(thread)):
+    """Token ids of the thread's latest turns and the prompt that leave ``room`` for the reply.
+
+    The turns' tokens are counted one by one, each once: to encode the whole again for each turn
+    that is left out takes seconds. In the whole a turn can have a token more or less than alone,
+    so the whole decides.
+    """
+    space = model.context_size - room
+    first = first_that_fits(model, thread, prompt, space)
+    ids, _ = model.encode_thread(thread[first:], prompt)
+    while len(ids) > space and first < len(thread):
+        first += 1
         ids, _ = model.encode_thread(thread[first:], prompt)
-        if len(ids) + room <= model.context_size:
-            return ids
-    ids, _ = model.encode_thread([], prompt)
+    while first > 0:
+        more, _ = model.encode_thread(thread[first - 1 :], prompt)
+        if len(more) > space:
+            break
+        first, ids = first - 1, more
     return ids
+
+
+def first_that_fits(model: "LoadedModel", thread: Sequence[Turn], prompt: str, space: int) -> int:
+    """The oldest turn from which on all should fit, by the sum of their tokens."""
+    bare = len(model.encode_thread([], "")[0])
+    used = len(model.encode_thread([], prompt)[0])
+    for number in reversed(range(len(thread))):
+        used += len(model.encode_thread([thread[number]], "")[0]) - bare
+        if used > space:
+            return number + 1
+    return 0
 
 
 def sampling_params(model: "LoadedModel", given: SamplingOptions, room: int) -> SamplingParams:
