@@ -55,6 +55,7 @@ class Drain:
         if self.deadline is None:
             self.deadline = time.monotonic() + self.grace
             self.models.refuse("it is stopping")
+            self.live.let_finish()  # before the server hangs up on followers
             threading.Thread(target=self.keep_deadline, name="drain", daemon=True).start()
         previous = self.previous.get(number)
         if callable(previous):

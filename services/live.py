@@ -80,9 +80,20 @@ class LiveGenerations:
         self.lock = threading.Condition()
         self.by_record: dict[int, Live] = {}
         self.by_generation: dict[Generation, Live] = {}
+        self.all_finish = False
+
+    def let_finish(self) -> None:
+        """From now on nobody's leaving cancels a generation: they leave because they are told to.
+
+        In a signal handler.
+        """
+        self.all_finish = True
+        for live in self.all():
+            live.finish_alone = True
 
     def add(self, live: Live) -> None:
         with self.lock:
+            live.finish_alone |= self.all_finish
             self.by_record[live.record.id] = live
             self.by_generation[live.generation] = live
 

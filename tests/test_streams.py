@@ -334,3 +334,19 @@ def test_a_body_that_never_comes_does_not_hold_up_the_end(tmp_path: Path) -> Non
         time.sleep(0.2)
         server.stop()
     assert "drained" in (tmp_path / "log").read_text()
+
+
+def test_work_goes_on_when_a_stopping_server_closes_its_sockets(tmp_path: Path) -> None:
+    database = tmp_path / "records.db"
+    environment = {"DATABASE_URL": f"sqlite:///{database}", "DRAIN_SECONDS": "20"}
+    server = Server(environment, tmp_path / "log").wait_until_ready()
+    url = f"ws://127.0.0.1:{server.port}/ws/generate"
+    with contextlib.ExitStack() as open_sockets:
+        for seed in range(8):
+            own = open_sockets.enter_context(connect(url))
+            own.send(json.dumps(LONG | {"seed": seed}))
+            assert json.loads(own.recv(timeout=60))["event"] == "start"
+        server.stop()
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        found = connection.execute("SELECT status FROM generation_records")
+        assert found.fetchall() == [("completed",)] * 8
