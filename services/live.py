@@ -5,9 +5,10 @@ from its own place on, so nothing is buffered for anybody: a slow follower gets 
 """
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING
 
 from engine.sampling import FinishReason
@@ -48,23 +49,31 @@ class Live:
         self.changed.set()
         self.changed.clear()
 
-    async def follow(self, offset: int) -> AsyncGenerator[str]:
-        """Pieces of the text from character ``offset`` on, until the end is stored."""
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Somebody follows; on the event loop. That the last one leaves is noticed."""
         self.followers += 1
-        self.seen = True
         try:
-            while True:
-                seen, ended = self.version, self.outcome is not None
-                text = self.generation.snapshot().text
-                if len(text) > offset:
-                    yield text[offset:]
-                    offset = len(text)
-                if ended:
-                    return
-                while self.version == seen:
-                    await self.changed.wait()
+            yield
         finally:
             self.leave()
+
+    async def follow(self, offset: int) -> AsyncGenerator[str]:
+        """Pieces of the text from character ``offset`` on, until the end is stored.
+
+        While it is ``followed``: only then is it told of what comes.
+        """
+        self.seen = True
+        while True:
+            seen, ended = self.version, self.outcome is not None
+            text = self.generation.snapshot().text
+            if len(text) > offset:
+                yield text[offset:]
+                offset = len(text)
+            if ended:
+                return
+            while self.version == seen:
+                await self.changed.wait()
 
     def leave(self) -> None:
         self.followers -= 1

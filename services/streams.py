@@ -78,13 +78,14 @@ Event = Start | Piece | Done | Failed
 async def follow(live: Live, offset: int | None = None) -> AsyncGenerator[Event]:
     """The events of a generation in this process; from its beginning, or after ``offset``."""
     record_id = live.record.id
-    if offset is None:
-        yield Start(Place(record_id, 0))
     seen = offset or 0
-    async with aclosing(live.follow(seen)) as pieces:
-        async for text in pieces:
-            seen += len(text)
-            yield Piece(text, Place(record_id, seen))
+    with live.followed():  # from before the first event: who hangs up on that has left, too
+        if offset is None:
+            yield Start(Place(record_id, 0))
+        async with aclosing(live.follow(seen)) as pieces:
+            async for text in pieces:
+                seen += len(text)
+                yield Piece(text, Place(record_id, seen))
     assert live.outcome is not None
     yield last_event(record_id, live.outcome)
 

@@ -14,7 +14,9 @@ import pytest
 from fastapi.testclient import TestClient
 from websockets.sync.client import connect
 
-from tests.service import Server, in_process, ready, serving
+from models import LOCAL_OWNER, GenerateRequest
+from services.streams import Start, follow
+from tests.service import Server, in_process, ready, serving, sessions_of
 from tests.sse import Event, events, text_of
 
 PROMPT: dict[str, Any] = {"prompt": "Once upon a time", "max_length": 60, "seed": 7}
@@ -350,3 +352,20 @@ def test_work_goes_on_when_a_stopping_server_closes_its_sockets(tmp_path: Path) 
     with contextlib.closing(sqlite3.connect(database)) as connection:
         found = connection.execute("SELECT status FROM generation_records")
         assert found.fetchall() == [("completed",)] * 8
+
+
+def test_who_hangs_up_on_the_first_event_has_left(client: TestClient) -> None:
+    service = client.app.state.generation  # type: ignore[attr-defined]
+    with sessions_of(client)() as session:
+        live = service.stream(session, LOCAL_OWNER, GenerateRequest(**LONG), finish_alone=False)
+
+    async def hang_up() -> None:
+        following = follow(live)
+        assert isinstance(await anext(following), Start)
+        await following.aclose()
+
+    assert client.portal is not None
+    client.portal.call(hang_up)
+    service.live.wait_for_end(LOCAL_OWNER, live.record.id, 20)
+    found = client.get(f"/history/{live.record.id}").json()
+    assert (found["status"], found["finish_reason"]) == ("cancelled", "disconnected")
