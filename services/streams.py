@@ -6,6 +6,7 @@ the database, and after the end or a crash.
 """
 
 import re
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Self
 
 import anyio
 import anyio.to_thread
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from database import Database
-from errors import NotFoundError, ServiceError
+from errors import NotFoundError, ServiceError, StorageUnavailableError
 from models import TERMINAL, GenerationRecord
 from repositories import records
 from services.endings import outcome
@@ -24,6 +27,7 @@ from services.live import Live, LiveGenerations
 
 POLL_SECONDS = 0.5
 LARGEST_ID = 2**63 - 1
+PATIENCE_SECONDS = 10.0  # with a database that does not answer: a restart takes a few
 PLACE = re.compile(r"([1-9][0-9]{0,18}):([0-9]{1,18}|end)", re.ASCII)
 
 
@@ -138,9 +142,27 @@ class Streams:
             if record.status in TERMINAL:
                 yield last_event(record.id, outcome(record))
                 return
-            await anyio.sleep(POLL_SECONDS)
             try:
-                record = await anyio.to_thread.run_sync(self.find, record.owner_id, record.id)
+                record = await self.read_again(record)
             except NotFoundError as error:
                 yield Failed(error, Place(record.id, None))
                 return
+            except StorageUnavailableError as error:  # not the end: who comes back goes on there
+                yield Failed(error, Place(record.id, seen))
+                return
+
+    async def read_again(self, record: GenerationRecord) -> GenerationRecord:
+        """The record a moment later, or once the database answers again.
+
+        Raises NotFoundError, StorageUnavailableError.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            await anyio.sleep(POLL_SECONDS)
+            try:
+                return await anyio.to_thread.run_sync(self.find, record.owner_id, record.id)
+            except (DBAPIError, PoolTimeoutError):
+                if time.monotonic() > deadline:
+                    raise StorageUnavailableError(
+                        "The database cannot be read at the moment.", record_id=record.id
+                    ) from None

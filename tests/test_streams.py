@@ -1,5 +1,6 @@
 """Streams over a real server: what is sent is what is stored, whoever hangs up or dies."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -12,12 +13,17 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import create_engine
 from websockets.sync.client import connect
 
-from models import LOCAL_OWNER, GenerateRequest
-from services.streams import Start, follow
+from database import Database, transaction
+from models import LOCAL_OWNER, GenerateRequest, GenerationRecord, Status
+from services.live import LiveGenerations
+from services.streams import Done, Piece, Start, Streams, follow
+from tests.databases import execute, fresh_database
 from tests.service import Server, in_process, ready, serving, sessions_of
 from tests.sse import Event, events, text_of
+from tests.test_history import insert
 
 PROMPT: dict[str, Any] = {"prompt": "Once upon a time", "max_length": 60, "seed": 7}
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_length": 200, "seed": 7}
@@ -369,3 +375,70 @@ def test_who_hangs_up_on_the_first_event_has_left(client: TestClient) -> None:
     service.live.wait_for_end(LOCAL_OWNER, live.record.id, 20)
     found = client.get(f"/history/{live.record.id}").json()
     assert (found["status"], found["finish_reason"]) == ("cancelled", "disconnected")
+
+
+@contextlib.contextmanager
+def unreachable(database: Database) -> Iterator[None]:
+    """For the block, a PostgreSQL server throws its clients out and lets none in."""
+    url = database.engine.url
+    server = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    allow = f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS"
+    try:
+        execute(server, f"{allow} false")
+        execute(
+            server,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            f" WHERE datname = '{url.database}'",
+        )
+        yield
+    finally:
+        execute(server, f"{allow} true")
+        server.dispose()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[tuple[Database, GenerationRecord]]:
+    """A record on PostgreSQL that another process generates."""
+    with fresh_database("postgresql", tmp_path) as url:
+        database = Database(url)
+        database.open()
+        with database.sessions() as session:
+            record_id = insert(session, status=Status.IN_PROGRESS)
+            running = session.get_one(GenerationRecord, record_id)
+            session.commit()
+        yield database, running
+        database.close()
+
+
+async def follow_without_database(
+    database: Database, running: GenerationRecord, seconds: float
+) -> list[Any]:
+    streams = Streams(database, LiveGenerations(asyncio.get_running_loop()))
+    following = streams.stored(running, None)
+    found = [await anext(following), await anext(following)]
+
+    async def rest() -> list[Any]:
+        return [event async for event in following]
+
+    with unreachable(database):
+        following_on = asyncio.create_task(rest())
+        await asyncio.sleep(seconds)
+    with database.sessions() as session, transaction(session):
+        session.get_one(GenerationRecord, running.id).status = Status.COMPLETED
+    return found + await following_on
+
+
+def test_who_follows_another_process_outlasts_a_moment_without_the_database(
+    elsewhere: tuple[Database, GenerationRecord],
+) -> None:
+    found = asyncio.run(follow_without_database(*elsewhere, seconds=2.0))
+    assert [type(event) for event in found] == [Start, Piece, Done]
+
+
+def test_a_stream_without_its_database_ends_with_an_error_that_keeps_the_place(
+    elsewhere: tuple[Database, GenerationRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.streams.PATIENCE_SECONDS", 0.2)
+    _, piece, last = asyncio.run(follow_without_database(*elsewhere, seconds=2.0))
+    assert last.error.code == "storage_unavailable"
+    assert last.place == piece.place
