@@ -257,8 +257,10 @@ class Conversation(Base):
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     owner_id: Mapped[str] = mapped_column(String(64))
     title: Mapped[str] = mapped_column(String(200))
-    title_pending: Mapped[bool | None] = mapped_column(Boolean)  # null once it has its title
-    initial_prompt: Mapped[str | None] = mapped_column(StoredText)  # what the title is made from
+    # Null once it has its title, true while the model is to make one, false before there is
+    # anything to make one from: the initial prompt, or the first message.
+    title_pending: Mapped[bool | None] = mapped_column(Boolean)
+    initial_prompt: Mapped[str | None] = mapped_column(StoredText)
     model_type: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime)

@@ -195,6 +195,25 @@ def untitled(session: Session, count: int) -> list[Conversation]:
     )
 
 
+def beginning(session: Session, conversation: Conversation) -> str:
+    """What a title is made from: the initial prompt, or else the first message's, if there is one.
+
+    Read each time, not copied: a message's text goes with the message.
+    """
+    if conversation.initial_prompt:
+        return conversation.initial_prompt
+    first = session.scalar(
+        select(GenerationRecord)
+        .where(
+            GenerationRecord.conversation_id == conversation.id,
+            GenerationRecord.owner_id == conversation.owner_id,
+        )
+        .order_by(GenerationRecord.id)
+        .limit(1)
+    )
+    return "" if first is None else first.prompt
+
+
 def suggest_title(session: Session, conversation_id: int, title: str, now: datetime) -> bool:
     """Set a title that nobody has set meanwhile."""
     statement = (

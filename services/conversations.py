@@ -43,7 +43,10 @@ def conversation_not_found() -> NotFoundError:
 def create(
     session: Session, owner_id: str, request: ConversationCreate, model_name: str
 ) -> Conversation:
-    """A title that is not given is suggested later, by the model; until then, the first words."""
+    """A title that is not given is suggested later, by the model; until then, the first words.
+
+    Where there are none yet either, it waits for the first message.
+    """
     now = datetime.now(UTC)
     first = request.initial_prompt or ""
     with transaction(session):
@@ -51,7 +54,7 @@ def create(
             session,
             owner_id,
             title=request.title or first_words(first) or "New conversation",
-            title_pending=True if request.title is None and first else None,
+            title_pending=None if request.title is not None else bool(first),
             initial_prompt=first or None,
             model_type=request.model_type or model_name,
             created_at=now,

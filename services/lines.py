@@ -60,7 +60,7 @@ class ConversationLine(Line):
     title: Named
     model_type: Name
     initial_prompt: str | None = None
-    title_pending: Literal[True] | None = None
+    title_pending: bool | None = None
 
     def values(self) -> dict[str, Any]:
         """The columns of its row."""

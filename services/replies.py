@@ -253,11 +253,10 @@ def take_turn(
 
 
 def want_title(session: Session, conversation: Conversation, first: str) -> None:
-    """A conversation without a title gets one that is made from its first message."""
-    if conversation.title != "New conversation" or conversation.initial_prompt is not None:
+    """A conversation that was begun without a title gets one, made from its first message."""
+    if conversation.title_pending is not False:
         return
     conversation.title = first_words(first) or conversation.title
-    conversation.initial_prompt = first
     conversation.title_pending = True
     session.flush()
     conversations.index_title_again(session, conversation.id)

@@ -13,7 +13,6 @@ from engine.errors import EngineFullError, EngineStoppedError, GenerationError
 from engine.sampling import SamplingParams
 from errors import ModelNotReadyError
 from log import event
-from models import Conversation
 from repositories import conversations
 from services.conversations import first_words
 from services.model_host import ModelHost
@@ -41,9 +40,12 @@ class Titler:
         if self.models.unready() is not None:
             return
         with self.database.sessions() as session:
-            waiting = conversations.untitled(session, TITLES_AT_ONCE)
-        for conversation in waiting:
-            title = self.suggest(conversation)
+            waiting = [
+                (conversation, conversations.beginning(session, conversation))
+                for conversation in conversations.untitled(session, TITLES_AT_ONCE)
+            ]
+        for conversation, beginning in waiting:
+            title = self.suggest(beginning) or conversation.title
             with self.database.sessions() as session, transaction(session):
                 set_now = conversations.suggest_title(
                     session, conversation.id, title, datetime.now(UTC)
@@ -51,13 +53,14 @@ class Titler:
             if set_now:
                 event(log, logging.INFO, "conversation titled", id=conversation.id)
 
-    def suggest(self, conversation: Conversation) -> str:
-        """The model's title, or the first words where it has none to offer."""
-        prompt = conversation.initial_prompt or ""
-        fallback = first_words(prompt) or conversation.title
+    def suggest(self, beginning: str) -> str:
+        """The model's title, or the first words where it has none to offer: none of nothing."""
+        fallback = first_words(beginning)
+        if not fallback:
+            return fallback
         try:
             model, engine = self.models.running()
-            lead, ids = question(model, prompt)
+            lead, ids = question(model, beginning)
             params = SamplingParams(TITLE_TOKENS, seed=0, temperature=0.0, stop=STOP)
             with engine.admit(ids, params) as generation:
                 generation.start()

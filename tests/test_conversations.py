@@ -287,12 +287,37 @@ def test_no_more_wait_for_a_turn_than_leave_threads_for_others(tmp_path: Path) -
         assert say(own, conversation, "Are there places again?").status_code == 201
 
 
-def test_a_prompt_longer_than_the_models_context_holds_up_no_title(client: TestClient) -> None:
-    made = [new(client, initial_prompt=prompt)["id"] for prompt in ("🐉" * 500, "A tale", "Two")]
+def wait_for_titles(client: TestClient) -> None:
     deadline = time.monotonic() + 20
     with sessions_of(client)() as session:
         while conversations.untitled(session, 1):
             assert time.monotonic() < deadline
             session.rollback()
             time.sleep(0.1)
+
+
+def test_a_prompt_longer_than_the_models_context_holds_up_no_title(client: TestClient) -> None:
+    made = [new(client, initial_prompt=prompt)["id"] for prompt in ("🐉" * 500, "A tale", "Two")]
+    wait_for_titles(client)
     assert all(client.get(f"/conversations/{id}").json()["title"] for id in made)
+
+
+def test_a_conversation_begun_without_a_title_gets_one_from_its_first_message(
+    service: TestClient,
+) -> None:
+    conversation = new(service)
+    say(service, conversation, "Tell me of the king who had three daughters and a golden bird")
+    wait_for_titles(service)
+    with sessions_of(service)() as session:
+        titled = conversations.get(session, OWNER, conversation["id"])
+        assert titled is not None
+        assert titled.title not in ("", conversation["title"])
+        assert titled.title_pending is None
+        assert titled.initial_prompt is None  # the text is kept once: it goes with its message
+
+
+def test_a_clients_own_title_stays_whatever_it_is(client: TestClient) -> None:
+    conversation = new(client, title="New conversation")
+    say(client, conversation, "Tell me a story")
+    found = client.get(f"/conversations/{conversation['id']}").json()
+    assert found["title"] == "New conversation"

@@ -58,7 +58,7 @@ def fill(database: Database) -> None:
                     session,
                     "somebody else" if number == 2 else OWNER,
                     title=f"Über {number}",
-                    title_pending=True if number else None,
+                    title_pending=[None, True, False][number],
                     initial_prompt="Erzähl" if number else None,
                     model_type="gpt2",
                     created_at=NOON,
