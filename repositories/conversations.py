@@ -116,6 +116,8 @@ def change(session: Session, owner_id: str, conversation_id: int, **values: Any)
 
 def remove(session: Session, owner_id: str, conversation_id: int) -> bool:
     """Delete a conversation; its messages go with it."""
+    if not hold(session, owner_id, conversation_id):
+        return False
     conversation = get(session, owner_id, conversation_id)
     if conversation is None:
         return False
@@ -170,16 +172,26 @@ def latest(
     return list(session.scalars(statement))[::-1]
 
 
+def hold(session: Session, owner_id: str, conversation_id: int) -> bool:
+    """Take a conversation's row for the transaction; False if there is none any more.
+
+    Whoever changes several of its rows takes this one first, so that of two at once one waits for
+    the other's end, and neither for what the other waits for.
+    """
+    statement = (
+        select(Conversation.id)
+        .where(Conversation.id == conversation_id, Conversation.owner_id == owner_id)
+        .with_for_update()
+    )
+    return session.scalar(statement) is not None
+
+
 def is_at(session: Session, owner_id: str, conversation_id: int, last_id: int) -> bool:
     """Whether a conversation's newest message is ``last_id`` (0: it has none) and has ended.
 
     Holds the conversation's row, so that of two who ask at once one waits for the other's end.
     """
-    session.execute(
-        select(Conversation.id)
-        .where(Conversation.id == conversation_id, Conversation.owner_id == owner_id)
-        .with_for_update()
-    )
+    hold(session, owner_id, conversation_id)
     found = latest(session, owner_id, conversation_id, 1)
     if not found:
         return last_id == 0

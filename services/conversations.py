@@ -4,12 +4,14 @@ A message is a generation record in a thread: what the user said is its prompt, 
 its completion. Nothing is stored twice.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy.orm import Session
+from sqlalchemy.orm.exc import StaleDataError
 
 from database import transaction
 from errors import ConflictError, NotFoundError
@@ -38,6 +40,10 @@ NO_MODEL = ""  # the fingerprint of a record whose text, as it stands, no model 
 
 def conversation_not_found() -> NotFoundError:
     return NotFoundError("Conversation not found")
+
+
+def message_not_found() -> NotFoundError:
+    return NotFoundError("Message not found")
 
 
 def create(
@@ -133,8 +139,22 @@ def message(session: Session, owner_id: str, message_id: int) -> GenerationRecor
     except NotFoundError:
         record = None
     if record is None or record.conversation_id is None:
-        raise NotFoundError("Message not found")
+        raise message_not_found()
     return record
+
+
+@contextlib.contextmanager
+def changing(session: Session, owner_id: str, message_id: int) -> Iterator[GenerationRecord]:
+    """A transaction in which a message's conversation is held. Raises NotFoundError."""
+    try:
+        with transaction(session):
+            record = message(session, owner_id, message_id)
+            assert record.conversation_id is not None
+            conversations.hold(session, owner_id, record.conversation_id)
+            session.expire(record)  # it may have been changed, or deleted, until it was held
+            yield message(session, owner_id, message_id)
+    except StaleDataError:  # as a record, which takes no hold of its conversation
+        raise message_not_found() from None
 
 
 def change_message(
@@ -148,8 +168,7 @@ def change_message(
 
     Raises NotFoundError, ConflictError while it is generated.
     """
-    with transaction(session):
-        record = message(session, owner_id, message_id)
+    with changing(session, owner_id, message_id) as record:
         if record.status not in TERMINAL:
             raise ConflictError("The message is being generated.", record_id=record.id)
         removal.separate(session, record)
@@ -186,8 +205,7 @@ def delete_message(
     session: Session, owner_id: str, message_id: int, running: Sequence[Live] = ()
 ) -> None:
     """Raises NotFoundError."""
-    with transaction(session):
-        record = message(session, owner_id, message_id)
+    with changing(session, owner_id, message_id) as record:
         removal.remove(session, owner_id, record.id)
         touch(session, owner_id, record.conversation_id)
     history.stop(running, lambda record: record.id == message_id)

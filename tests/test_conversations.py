@@ -321,3 +321,20 @@ def test_a_clients_own_title_stays_whatever_it_is(client: TestClient) -> None:
     say(client, conversation, "Tell me a story")
     found = client.get(f"/conversations/{conversation['id']}").json()
     assert found["title"] == "New conversation"
+
+
+def test_messages_are_changed_and_deleted_while_their_conversation_is(service: TestClient) -> None:
+    found: set[int] = set()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(12):
+            conversation = new(service, title="Short")
+            path = f"/conversations/{conversation['id']}"
+            said = [say(service, conversation, "a", response_content="b").json() for _ in range(8)]
+            messages = [f"/messages/{message['id']}" for message in said]
+            asked = [
+                pool.submit(service.put, path, json={"response_content": "c"})
+                for path in messages[:6]
+            ]
+            asked += [pool.submit(service.delete, path) for path in [*messages[6:], path]]
+            found |= {one.result().status_code for one in asked}
+    assert found <= {202, 204, 404}
