@@ -110,7 +110,8 @@ class LiveGenerations:
         """Its end is stored, or cannot be: tell the followers and forget it."""
         with self.lock:
             live.outcome = outcome
-            del self.by_record[live.record.id]
+            if self.by_record.get(live.record.id) is live:  # a retry may run in the row by now
+                del self.by_record[live.record.id]
             del self.by_generation[live.generation]
             self.lock.notify_all()
         self.wake([live])

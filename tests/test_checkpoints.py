@@ -160,3 +160,20 @@ async def one_look(live: Live) -> None:
     pieces = live.follow(0)
     assert await anext(pieces)
     await pieces.aclose()
+
+
+def test_a_retry_that_runs_before_its_first_try_is_forgotten_stays_known() -> None:
+    """A first try's end is in the row, and a retry with its key runs there, for a moment before."""
+
+    async def scenario() -> None:
+        known = LiveGenerations(asyncio.get_running_loop())
+        record = GenerationRecord(id=1, owner_id=OWNER)
+        first, second = (Live(record, cast(Any, object()), finish_alone=True) for _ in range(2))
+        known.add(first)
+        known.add(second)
+        known.end(first, record)
+        assert known.all() == [second]
+        known.end(second, record)
+        assert known.all() == []
+
+    asyncio.run(scenario())
