@@ -5,6 +5,7 @@ in small batches and holds nothing in between: a service may run beside it.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -55,27 +56,42 @@ def export_file(
     """Write them to a file; one that was cut off is continued after its last whole line.
 
     Beside a file that is not whole yet there is a note of what it is to hold. Raises CommandError
-    for a file that is whole, or that was begun with other filters.
+    for a file that is whole, that was begun with other filters, or that another export writes.
     """
     note = file.with_name(file.name + ".unfinished")
     asked = {"owner": owner_id, "query": query.model_dump(mode="json", exclude={"limit"})}
-    if not note.exists():
-        if file.exists():
-            raise CommandError(f"{file} is there already, and is not an export that was cut off")
-        through = last_id(database)
-        write_note(note, asked | {"through": through})
-    else:
-        noted = json.loads(note.read_bytes())
-        through = noted.pop("through")
-        if noted != asked:
-            raise CommandError(f"{file} was begun with other filters; see {note}")
     with file.open("ab+") as out:
+        hold(out)
+        if note.exists():
+            through = noted_end(note, asked)
+        elif out.seek(0, os.SEEK_END):
+            raise CommandError(f"{file} is there already, and is not an export that was cut off")
+        else:
+            through = last_id(database)
+            write_note(note, asked | {"through": through})
         place = last_place(out)
         for lines in export_lines(database, owner_id, query, place, through, progress):
             out.write(lines)
         out.flush()
         os.fsync(out.fileno())
-    note.unlink()
+        note.unlink()
+
+
+def hold(out: BinaryIO) -> None:
+    """Keep other exports out of the file; the system lets go when this process has ended."""
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CommandError(f"another export is writing {out.name} at this moment") from None
+
+
+def noted_end(note: Path, asked: dict[str, object]) -> int:
+    """The last id of an export that was cut off. Raises CommandError."""
+    noted = json.loads(note.read_bytes())
+    through = noted.pop("through")
+    if noted != asked:
+        raise CommandError(f"{note.with_suffix('')} was begun with other filters; see {note}")
+    return int(through)
 
 
 def write_note(note: Path, content: dict[str, object]) -> None:

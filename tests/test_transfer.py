@@ -288,10 +288,27 @@ def test_filters_and_owners_choose_records_and_their_conversations(database: Dat
 
 
 def test_a_file_that_is_whole_is_not_written_again(database: Database, tmp_path: Path) -> None:
+    import_lines(database, written(record(1)))
     file = tmp_path / "history.ndjson"
     transfer.export_file(database, file, None, HistoryQuery(), nothing)
     with pytest.raises(CommandError, match="is there already"):
         transfer.export_file(database, file, None, HistoryQuery(), nothing)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_file_has_one_export_at_a_time(database: Database, tmp_path: Path) -> None:
+    import_lines(database, written(record(1)))
+    file = tmp_path / "history.ndjson"
+    refused = []
+
+    def export_too(done: int, total: int) -> None:
+        with pytest.raises(CommandError, match="another export is writing"):
+            transfer.export_file(database, file, None, HistoryQuery(), nothing)
+        refused.append(done)
+
+    transfer.export_file(database, file, None, HistoryQuery(), export_too)
+    assert refused == [1, 1]
+    assert file.read_bytes() == exported(database)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
