@@ -154,7 +154,8 @@ def export_history(
     """Write the history as newline-delimited JSON.
 
     Conversations come first, then records, one a line. With filters, the records that all of them
-    let through, and the conversations of those.
+    let through, and the conversations of those; of a status, which may change meanwhile, also
+    those of other records. Not during an import.
     """
     query = asked(
         user_id=user_id,

@@ -66,13 +66,15 @@ def conversations_after(
 ) -> list[Values]:
     """The first ``count`` conversations with a greater id than ``after``, by id.
 
-    Where the query wants some records only, those conversations that hold one of them.
+    Where the query wants some records only, those conversations that hold one of them, or one that
+    might be one of them by the time that records are read: its status may change until then.
     """
     statement = select(*Conversation.__table__.c).where(Conversation.id > after)
     if owner_id is not None:
         statement = statement.where(Conversation.owner_id == owner_id)
     if query.model_dump(exclude={"limit", "order"}, exclude_none=True):
-        held = wanted_records(select(GenerationRecord.id), owner_id, query)
+        lasting = query.model_copy(update={"status": None})
+        held = wanted_records(select(GenerationRecord.id), owner_id, lasting)
         statement = statement.where(
             held.where(GenerationRecord.conversation_id == Conversation.id).exists()
         )

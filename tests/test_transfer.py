@@ -280,11 +280,32 @@ def test_filters_and_owners_choose_records_and_their_conversations(database: Dat
         ]
 
     assert chosen(user_id="anna ") == [("c", 2), ("r", 3)]
-    assert chosen(status=Status.FAILED) == [("c", 3), ("r", 4)]
+    assert chosen(status=Status.FAILED) == [("c", 1), ("c", 2), ("c", 3), ("r", 4)]
     assert chosen("somebody else") == [("c", 3), ("r", 4)]
     assert chosen("nobody") == []
-    assert chosen(OWNER, status=Status.FAILED) == []
+    assert chosen(OWNER, status=Status.FAILED) == [("c", 1), ("c", 2)]
     assert chosen(created_before=NOON) == [("r", 5)]
+
+
+def test_a_record_that_ends_during_an_export_brings_its_conversation(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(database)
+    with database.sessions() as session:
+        running = insert(session, conversation_id=1, status=Status.IN_PROGRESS, lease_id=1)
+    read_records = transfer.record_lines
+
+    def end_first(*given: Any) -> Any:
+        with database.sessions() as session, transaction(session):
+            records.finish(session, OWNER, running, status=Status.CANCELLED)
+        return read_records(*given)
+
+    monkeypatch.setattr(transfer, "record_lines", end_first)
+    lines = lines_of(exported(database, status=Status.CANCELLED))
+    assert [(line["object"], line["id"]) for line in lines if line["id"] in (1, running)] == [
+        ("conversation", 1),
+        ("record", running),
+    ]
 
 
 def test_a_file_that_is_whole_is_not_written_again(database: Database, tmp_path: Path) -> None:
