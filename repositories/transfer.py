@@ -173,6 +173,7 @@ def go_on_after(session: Session, kind: type[Base], last_id: int) -> None:
     """New rows get greater ids from here on.
 
     The other databases see to it themselves. The lock keeps inserts, which would take ids, out.
+    A sequence that was moved stays so: its rows must be about to come in.
     """
     if session.get_bind().dialect.name != "postgresql":
         return

@@ -72,6 +72,8 @@ class Importer:
         try:
             with self.database.sessions() as session, transaction(session):
                 sorting.sort_out(session, rows, before, stop=self.skip is None)
+                transfer.go_on_after(session, GenerationRecord, last_id(sorting.records))
+                transfer.go_on_after(session, Conversation, last_id(sorting.conversations))
                 self.conversations.add(session, sorting.conversations)
                 self.records.add(session, sorting.records)
         except IntegrityError:
@@ -124,6 +126,10 @@ class Sorting:
             self.records.append(known.as_it_comes_in(row))
 
 
+def last_id(rows: list[transfer.Ready]) -> int:
+    return max((row.id for row in rows), default=0)
+
+
 class Known:
     """The rows that a batch may meet in the database, or earlier in the batch."""
 
@@ -134,8 +140,6 @@ class Known:
         sources = {row.source_id for row in rows if row.source_id is not None}
         self.texts = {row.id: text_of(row) for row in rows if row.id in sources}
         self.texts |= transfer.texts(session, sources)
-        transfer.go_on_after(session, GenerationRecord, max(records, default=0))
-        transfer.go_on_after(session, Conversation, max(conversations, default=0))
         self.rows = {
             GenerationRecord: transfer.known(session, GenerationRecord, records | sources),
             Conversation: transfer.known(session, Conversation, conversations | threads),

@@ -30,7 +30,8 @@ from models import (
 
 NO_LEASE = 0  # no process has it, so the next sweep closes what came in while it was in progress
 
-RowId = Annotated[int, Field(ge=1, le=2**62)]
+MOST_ID = 2**53 - 1  # exact in JavaScript, and new ids that go on after it never come to an end
+RowId = Annotated[int, Field(ge=1, le=MOST_ID)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 NO_ROW = "it is no JSON object of a record or a conversation"
 Name = Annotated[str, Field(max_length=200)]

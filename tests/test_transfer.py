@@ -130,6 +130,13 @@ def test_new_ids_go_on_after_imported_ones(database: Database) -> None:
         assert insert(session) == 1002
 
 
+def test_a_broken_line_takes_no_ids(database: Database) -> None:
+    broken = record(1000, conversation_id=99), conversation(0)
+    import_lines(database, written(*broken, record(7)), [])
+    with database.sessions() as session:
+        assert insert(session) == 8
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize(
     ("kind", "line", "fields"),
@@ -192,7 +199,7 @@ def written(*lines: Any) -> bytes:
         (b"", "no JSON object"),
         (record("2"), "id: "),
         (record(0), "id: "),
-        (record(2**63), "id: "),
+        (record(2**53), "id: "),
         (record(2, canary4711=1), "canary4711: "),
         (record(2, status="done"), "status: "),
         (record(2, prompt="a\0b"), "prompt: "),
