@@ -8,10 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import URL, Connection, Dialect, Insert, Table, insert
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 Bound = tuple[Any, ...]
+
+# What MySQL's driver does not tell from trouble of the database's own: a packet that is too large
+# (max_allowed_packet), and a check that failed, on MariaDB and on MySQL.
+MYSQL_REFUSALS = {1153, 4025, 3819}
 
 
 class BulkInsert:
@@ -73,3 +77,10 @@ def positional(drivername: str) -> Dialect:
     kind: Any = URL.create(drivername).get_dialect()
     dialect: Dialect = kind(paramstyle="qmark" if kind.name == "sqlite" else "format")
     return dialect
+
+
+def refuses_rows(error: DBAPIError) -> bool:
+    """Whether rows are to blame, and not a full disk, a lock or a lost connection."""
+    if isinstance(error, DataError | IntegrityError):
+        return True
+    return error.orig is not None and not MYSQL_REFUSALS.isdisjoint(error.orig.args)

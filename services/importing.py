@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from database import Database, transaction
+from database import Database, kind, transaction
 from errors import CommandError
 from models import Conversation, GenerationRecord
 from repositories import transfer
+from repositories.bulk import refuses_rows
 from services.arriving import Arrivals, Arriving, Rows
 from services.lines import BrokenLineError
 from services.transfer import Progress
@@ -32,12 +33,16 @@ class Imported:
     broken: int = 0
 
 
+class RefusedError(Exception):
+    """The database does not take some row; the message says why and repeats nothing of it."""
+
+
 class Importer:
     """Brings lines into a database. A row that is there already stays as it is.
 
     A row is known by its id, its owner and when it was created. A line that is broken, whose id
-    another row has, or whose conversation is not there, ends the import before it with a
-    CommandError that names it; or it is told to ``skip`` and left out.
+    another row has, whose conversation is not there, or that the database refuses, ends the import
+    before it with a CommandError that names it; or it is told to ``skip`` and left out.
     """
 
     def __init__(self, database: Database, skip: Callable[[str], None] | None = None) -> None:
@@ -54,7 +59,6 @@ class Importer:
         number = done = 0
         with Arrivals(source, self.database.url.drivername) as batches:
             for rows, read in batches:
-                self.let_others_write()
                 self.take(number, rows)
                 number += len(rows)
                 done += read
@@ -67,22 +71,49 @@ class Importer:
             time.sleep(max(0.0, self.stored_at + GAP_SECONDS - time.monotonic()))
 
     def take(self, before: int, rows: Rows) -> None:
-        """One batch, after ``before`` lines: what comes before a broken line is stored."""
-        sorting = Sorting()
+        """Some rows, after ``before`` lines: what comes before a broken line is stored."""
         try:
-            with self.database.sessions() as session, transaction(session):
-                sorting.sort_out(session, rows, before, stop=self.skip is None)
+            sorting = self.store(before, rows)
+        except RefusedError:
+            self.take_again(before, rows)
+        else:
+            self.count(sorting)
+
+    def take_again(self, before: int, rows: Rows) -> None:
+        """In halves, down to the row that is refused.
+
+        What was refused because another process took an id meanwhile comes in: it is looked up
+        anew, and a row that is alone already is tried once more.
+        """
+        if len(rows) > 1:
+            half = len(rows) // 2
+            self.take(before, rows[:half])
+            self.take(before + half, rows[half:])
+            return
+        try:
+            sorting = self.store(before, rows)
+        except RefusedError as error:
+            sorting = Sorting(broken=[f"line {before + 1}: {error}"])
+        self.count(sorting)
+
+    def store(self, before: int, rows: Rows) -> "Sorting":
+        """In one transaction. Raises RefusedError, and has stored nothing then."""
+        self.let_others_write()
+        sorting = Sorting()
+        with self.database.sessions() as session, transaction(session):
+            sorting.sort_out(session, rows, before, stop=self.skip is None)
+            try:
                 transfer.go_on_after(session, GenerationRecord, last_id(sorting.records))
                 transfer.go_on_after(session, Conversation, last_id(sorting.conversations))
                 self.conversations.add(session, sorting.conversations)
                 self.records.add(session, sorting.records)
-        except IntegrityError:
-            raise CommandError(
-                f"lines {before + 1} to {before + len(rows)}: a running service took one of their"
-                " ids meanwhile; import again to see which"
-            ) from None
+            except DBAPIError as error:
+                if not refuses_rows(error):
+                    raise
+                session.invalidate()  # a server that refuses a packet has hung up as well
+                raise RefusedError(f"the database refuses it ({kind(error)})") from None
         self.stored_at = time.monotonic()
-        self.count(sorting)
+        return sorting
 
     def count(self, sorting: "Sorting") -> None:
         self.imported.records += len(sorting.records)

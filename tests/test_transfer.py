@@ -15,7 +15,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from database import Database, transaction
-from errors import CommandError
+from errors import CommandError, StorageUnavailableError
 from models import Base, Conversation, GenerationRecord, HistoryQuery, Status
 from repositories import conversations, records, removal
 from repositories.transfer import LEFT
@@ -260,14 +260,70 @@ def test_a_row_that_changed_since_stays_as_it_is(database: Database) -> None:
     assert lines_of(exported(database))[0]["generated_text"] == "Once corrected"
 
 
-def test_an_id_that_a_service_takes_meanwhile_ends_the_import(
+def refuse_seed(database: Database, seed: int) -> None:
+    """Make the database refuse what no line's reader would."""
+    rule = f"ALTER TABLE generation_records ADD CHECK (seed <> {seed})"
+    if database.file is not None:
+        rule = (
+            "CREATE TRIGGER refuse BEFORE INSERT ON generation_records"
+            f" WHEN NEW.seed = {seed} BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+    with database.sessions() as session, transaction(session):
+        session.execute(text(rule))
+
+
+def test_a_line_that_the_database_refuses_is_named_and_stops_or_is_left_out(
+    database: Database,
+) -> None:
+    refuse_seed(database, 4711)
+    lines = written(*(record(id, seed=4711 if id in (3, 6) else 1) for id in range(1, 8)))
+    with pytest.raises(CommandError, match=r"^line 3: the database refuses it \(\w+\)$"):
+        import_lines(database, lines)
+    assert [line["id"] for line in lines_of(exported(database))] == [1, 2]
+    skipped: list[str] = []
+    done = import_lines(database, lines, skipped)
+    assert (done.records, done.present, done.broken) == (3, 2, 2)
+    assert [line["id"] for line in lines_of(exported(database))] == [1, 2, 4, 5, 7]
+    assert [named.partition(":")[0] for named in skipped] == ["line 3", "line 6"]
+
+
+@pytest.mark.parametrize("database_url", ["mysql"], indirect=True)
+def test_a_text_that_is_too_large_for_the_database_is_a_broken_line(database: Database) -> None:
+    with database.sessions() as session:
+        large = "Once" + "x" * session.scalars(text("SELECT @@max_allowed_packet")).one()
+    skipped: list[str] = []
+    lines = written(record(1), record(2, generated_text=large), record(3))
+    assert import_lines(database, lines, skipped).records == 2
+    assert [named.partition(" (")[0] for named in skipped] == ["line 2: the database refuses it"]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_full_database_is_no_broken_line(database: Database) -> None:
+    with database.engine.connect() as connection:
+        pages = connection.scalar(text("PRAGMA page_count"))
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    skipped: list[str] = []
+    with pytest.raises(StorageUnavailableError):
+        import_lines(database, written(record(1, generated_text="Once" + "x" * 100_000)), skipped)
+    assert skipped == []
+
+
+@pytest.mark.parametrize("database_url", ["postgresql", "mysql"], indirect=True)
+def test_two_imports_at_once_bring_each_row_once(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import_lines(database, written(record(1)))
-    monkeypatch.setattr("repositories.transfer.known", lambda *_: {})  # looked too early
-    with pytest.raises(CommandError, match="lines 1 to 2: a running service took one"):
-        import_lines(database, written(record(2), record(1)))
-    assert [line["id"] for line in lines_of(exported(database))] == [1]
+    lines = written(conversation(1), record(1, conversation_id=1), record(2))
+    look = importing.Known
+
+    def look_too_early(*given: Any) -> Any:
+        monkeypatch.setattr(importing, "Known", look)
+        found = look(*given)
+        assert import_lines(database, lines).records == 2
+        return found
+
+    monkeypatch.setattr(importing, "Known", look_too_early)
+    assert import_lines(database, lines).present == 3
+    assert exported(database).count(b"\n") == 3
 
 
 def test_what_was_in_progress_is_closed_where_it_came_to(database: Database) -> None:
