@@ -202,6 +202,7 @@ def written(*lines: Any) -> bytes:
         (record(2**53), "id: "),
         (record(2, canary4711=1), "canary4711: "),
         (record(2, status="done"), "status: "),
+        (record(2, status="queued"), "status: "),
         (record(2, prompt="a\0b"), "prompt: "),
         (b'{"id": 2, "prompt": "\\ud800"}', "no JSON object"),
         (record(2, seed=-1), "seed: "),
