@@ -189,6 +189,10 @@ def written(*lines: Any) -> bytes:
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
+def deep(levels: int) -> Any:
+    return {"stop": deep(levels - 1)} if levels else []
+
+
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
@@ -207,11 +211,17 @@ def written(*lines: Any) -> bytes:
         (b'{"id": 2, "prompt": "\\ud800"}', "no JSON object"),
         (record(2, seed=-1), "seed: "),
         (record(2, seed=2**63), "seed: "),
-        (record(2, seed=float("inf")), "no JSON object"),
+        (record(2, seed=float("inf")), "seed: "),
         (record(2, prompt_tokens=True), "prompt_tokens: "),
         (record(2, created_at="yesterday"), "created_at: "),
         (record(2, parameters=[]), "parameters: "),
-        (record(2, parameters={"top_p": [float("nan")]}), "no JSON object"),
+        (record(2, parameters={"top_p": [float("nan")]}), "parameters: "),
+        (
+            written(record(2, parameters={"top_p": 9})).strip().replace(b"9}", b"1e999}"),
+            "not finite",
+        ),
+        (record(2, parameters=deep(21)), "more than 20 levels deep"),
+        (record(2, parameters=deep(150)), "more than 20 levels deep"),
         (record(2, model_name="x" * 201), "model_name: "),
         (record(2, generated_text="Twice"), "does not begin with the prompt"),
         (record(2, total_tokens=4), "total_tokens is not the sum"),
@@ -244,6 +254,13 @@ def test_a_broken_line_is_named_and_stops_or_is_left_out(
 def test_a_text_may_speak_of_nan(database: Database) -> None:
     import_lines(database, written(record(1, generated_text="Once NaN, Infinity")))
     assert lines_of(exported(database))[0]["generated_text"] == "Once NaN, Infinity"
+
+
+def test_parameters_may_be_deep(database: Database) -> None:
+    usual = {"max_new_tokens": 50, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    given = [usual | {"repetition_penalty": 1.0} | deep(19), deep(19)]
+    import_lines(database, written(*(record(id, parameters=of) for id, of in enumerate(given, 1))))
+    assert [line["parameters"] for line in lines_of(exported(database))] == given
 
 
 def test_lines_of_the_contract_alone_are_enough(database: Database) -> None:
