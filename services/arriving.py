@@ -5,6 +5,7 @@ database: a long import has a second process for it. The first does the work its
 has started, and again should it die.
 """
 
+import codecs
 import contextlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -40,7 +41,7 @@ class Arriving(NamedTuple):
         return self.owner_id, self.created_at
 
 
-Rows = list[Arriving | BrokenLineError]
+Rows = list[Arriving | BrokenLineError | None]  # None is a blank line
 
 
 class Preparing:
@@ -54,7 +55,9 @@ class Preparing:
         with uncollected():
             return [self.arriving(line) for line in lines]
 
-    def arriving(self, line: bytes) -> Arriving | BrokenLineError:
+    def arriving(self, line: bytes) -> Arriving | BrokenLineError | None:
+        if not line.strip():
+            return None
         try:
             row = parse(line)
         except BrokenLineError as error:
@@ -112,6 +115,8 @@ class Arrivals:
     def read(self) -> list[bytes]:
         """The next lines; on their way to the helper, where there is one."""
         lines = self.source.readlines(BATCH_BYTES)
+        if lines and not self.bytes_read:
+            lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
         self.bytes_read += sum(map(len, lines))
         if self.helper is None and self.bytes_read > ALONE_BYTES:
             self.helper = self.until_the_end.enter_context(Helper(preparing, self.drivername))

@@ -139,6 +139,8 @@ class Sorting:
         """``stop`` at the first broken line, or leave them all out."""
         known = Known(session, [row for row in rows if isinstance(row, Arriving)])
         for number, row in enumerate(rows, before + 1):
+            if row is None:
+                continue
             try:
                 if isinstance(row, BrokenLineError):
                     raise row

@@ -200,7 +200,7 @@ def deep(levels: int) -> Any:
         (b"[]", "no JSON object"),
         (b"17", "no JSON object"),
         (b"\xff{}", "no JSON object"),
-        (b"", "no JSON object"),
+        (b"\xef\xbb\xbf{}", "no JSON object"),
         (record("2"), "id: "),
         (record(0), "id: "),
         (record(2**53), "id: "),
@@ -249,6 +249,15 @@ def test_a_broken_line_is_named_and_stops_or_is_left_out(
     assert (done.broken, done.records, done.present) == (1, 1, 2)
     assert [found["id"] for found in lines_of(exported(database))] == [5, 1, 3]
     assert skipped == [str(caught.value)]
+
+
+def test_a_file_that_an_editor_wrote_comes_in(database: Database) -> None:
+    """With a byte order mark, the line ends of Windows, and blank lines, which count as lines."""
+    lines = written(record(1), record(2)).replace(b"\n", b"\r\n\r\n  \n") + b"\n{\r\n"
+    with pytest.raises(CommandError, match=r"^line 8: "):
+        import_lines(database, b"\xef\xbb\xbf" + lines)
+    assert [line["id"] for line in lines_of(exported(database))] == [1, 2]
+    assert import_lines(database, b"\xef\xbb\xbf").records == 0
 
 
 def test_a_text_may_speak_of_nan(database: Database) -> None:
