@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, Table, func, select, text
+from sqlalchemy import ColumnElement, Select, Table, func, select, text
 from sqlalchemy.orm import Session, aliased
 
 from models import TERMINAL, Base, Conversation, GenerationRecord, HistoryQuery, UsageDelta
@@ -17,68 +17,101 @@ from repositories.lists import filtered
 from words import title_words
 
 Values = dict[str, Any]
+IdRange = tuple[int, int]  # the id before the first, and the last
 TEXTS = ("prompt", "completion")
 # What belongs to a running process, or means something in one database alone.
 LEFT = {"cancel_requested", "flight_key", "cache_key", "idempotency_key", "idempotency_fingerprint"}
 
 
-def last_record(session: Session) -> int:
-    return session.scalar(select(func.max(GenerationRecord.id))) or 0
+def last_id(session: Session, kind: type[Base]) -> int:
+    return session.scalar(select(func.max(table_of(kind).c.id))) or 0
 
 
 def count_records(session: Session) -> int:
     return session.scalar(select(func.count()).select_from(GenerationRecord)) or 0
 
 
-def nth_record(
+class Extent(NamedTuple):
+    """Of some rows."""
+
+    rows: int
+    last: int  # id
+    text: int  # characters, or bytes on MySQL
+
+
+def extent(
     session: Session,
+    kind: type[Base],
     owner_id: str | None,
     query: HistoryQuery,
-    after: int,
-    through: int,
-    number: int,
-) -> int | None:
-    """The id of the record of that number among those with ``after`` < id <= ``through``."""
-    statement = wanted_records(select(GenerationRecord.id), owner_id, query)
-    statement = statement.where(GenerationRecord.id > after, GenerationRecord.id <= through)
-    found = statement.order_by(GenerationRecord.id).offset(number - 1).limit(1)
-    return session.scalars(found).one_or_none()
+    ids: IdRange,
+    count: int,
+) -> Extent:
+    """Of the first ``count`` wanted rows of a range, by id."""
+    id = table_of(kind).c.id
+    statement = wanted(kind, select(id, text_size(kind).label("size")), owner_id, query)
+    first = statement.where(*between(id, ids)).order_by(id).limit(count).subquery()
+    found = select(func.count(), func.max(first.c.id), func.sum(first.c.size))
+    rows, last, text = session.execute(found).one()
+    return Extent(rows, last or 0, int(text or 0))
 
 
-def records_between(
-    session: Session, owner_id: str | None, query: HistoryQuery, after: int, through: int
+def text_size(kind: type[Base]) -> ColumnElement[int]:
+    """Of an answer from the cache, that of the text that it shows."""
+    if kind is Conversation:
+        return func.coalesce(func.length(Conversation.initial_prompt), 0)
+    own, source = GenerationRecord.__table__.c, GenerationRecord.__table__.alias("source").c
+    shown = select(func.length(source.prompt) + func.length(source.completion))
+    return func.coalesce(
+        shown.where(source.id == own.source_id).scalar_subquery(),
+        func.length(own.prompt) + func.length(own.completion),
+    )
+
+
+def records_in(
+    session: Session, owner_id: str | None, query: HistoryQuery, ids: IdRange
 ) -> list[Values]:
-    """The records with ``after`` < id <= ``through``, by id.
+    """The wanted records of a range, by id.
 
     An answer from the cache comes with the text that it shows.
     """
     own, source = GenerationRecord.__table__.c, aliased(GenerationRecord.__table__).c
     texts = [func.coalesce(source[name], own[name]).label(name) for name in TEXTS]
     columns = [column for column in own if column.name not in LEFT.union(TEXTS)]
-    statement = wanted_records(select(*columns, *texts), owner_id, query)
+    statement = wanted(GenerationRecord, select(*columns, *texts), owner_id, query)
     statement = statement.outerjoin(source.id.table, source.id == own.source_id)
-    statement = statement.where(GenerationRecord.id > after, GenerationRecord.id <= through)
-    return all_values(session, statement.order_by(GenerationRecord.id))
+    return all_values(session, statement.where(*between(own.id, ids)).order_by(own.id))
 
 
-def conversations_after(
-    session: Session, owner_id: str | None, query: HistoryQuery, after: int, count: int
+def conversations_in(
+    session: Session, owner_id: str | None, query: HistoryQuery, ids: IdRange
 ) -> list[Values]:
-    """The first ``count`` conversations with a greater id than ``after``, by id.
+    own = Conversation.__table__.c
+    statement = wanted(Conversation, select(*own), owner_id, query).where(*between(own.id, ids))
+    return all_values(session, statement.order_by(own.id))
 
-    Where the query wants some records only, those conversations that hold one of them, or one that
-    might be one of them by the time that records are read: its status may change until then.
+
+def between(id: ColumnElement[int], ids: IdRange) -> tuple[ColumnElement[bool], ...]:
+    after, through = ids
+    return id > after, id <= through
+
+
+def wanted(
+    kind: type[Base], statement: Select[Any], owner_id: str | None, query: HistoryQuery
+) -> Select[Any]:
+    """Records that the query wants; where it wants some only, the conversations that hold one.
+
+    Or one that might be one by the time that records are read: its status may change until then.
     """
-    statement = select(*Conversation.__table__.c).where(Conversation.id > after)
     if owner_id is not None:
-        statement = statement.where(Conversation.owner_id == owner_id)
-    if query.model_dump(exclude={"limit", "order"}, exclude_none=True):
-        lasting = query.model_copy(update={"status": None})
-        held = wanted_records(select(GenerationRecord.id), owner_id, lasting)
-        statement = statement.where(
-            held.where(GenerationRecord.conversation_id == Conversation.id).exists()
-        )
-    return all_values(session, statement.order_by(Conversation.id).limit(count))
+        statement = statement.where(table_of(kind).c.owner_id == owner_id)
+    if kind is GenerationRecord:
+        return filtered(statement, query)
+    if not query.model_dump(exclude={"limit", "order"}, exclude_none=True):
+        return statement
+    lasting = query.model_copy(update={"status": None})
+    held = wanted(GenerationRecord, select(GenerationRecord.id), owner_id, lasting)
+    return statement.where(held.where(GenerationRecord.conversation_id == Conversation.id).exists())
 
 
 def all_values(session: Session, statement: Select[Any]) -> list[Values]:
@@ -86,14 +119,6 @@ def all_values(session: Session, statement: Select[Any]) -> list[Values]:
     found = session.connection().execute(statement)
     names = tuple(found.keys())
     return [dict(zip(names, row, strict=True)) for row in found.all()]
-
-
-def wanted_records(
-    statement: Select[Any], owner_id: str | None, query: HistoryQuery
-) -> Select[Any]:
-    if owner_id is not None:
-        statement = statement.where(GenerationRecord.owner_id == owner_id)
-    return filtered(statement, query)
 
 
 def known(

@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,18 @@ from typing import BinaryIO
 
 from database import Database
 from errors import CommandError
-from models import Conversation, HistoryQuery
+from models import Base, Conversation, GenerationRecord, HistoryQuery
 from repositories import transfer
+from repositories.transfer import IdRange
 from services.helper import Helper
 from services.lines import BrokenLineError, conversation_line, parse, record_line
 
 BATCH_ROWS = 1000
+BATCH_TEXT = 1 << 20  # characters; a batch is in memory several times over, in two processes
 ALONE_BATCHES = 10  # a second process would hardly have started before so much is written
 TAIL_BYTES = 1 << 16
 
 Progress = Callable[[int, int], None]  # how far it has come, of how much
-IdBatch = tuple[int, int]  # the id before a batch, and its last
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def hold(out: BinaryIO) -> None:
         raise CommandError(f"another export is writing {out.name} at this moment") from None
 
 
-def noted_end(note: Path, asked: dict[str, object]) -> int:
+def noted_end(note: Path, asked: Mapping[str, object]) -> int:
     """The last id of an export that was cut off. Raises CommandError."""
     noted = json.loads(note.read_bytes())
     through = noted.pop("through")
@@ -94,16 +95,16 @@ def noted_end(note: Path, asked: dict[str, object]) -> int:
     return int(through)
 
 
-def write_note(note: Path, content: dict[str, object]) -> None:
+def write_note(note: Path, content: Mapping[str, object]) -> None:
     """All of it or nothing."""
     draft = note.with_name(note.name + ".new")
     draft.write_text(json.dumps(content))
     draft.rename(note)
 
 
-def last_id(database: Database) -> int:
+def last_id(database: Database, kind: type[Base] = GenerationRecord) -> int:
     with database.sessions() as session:
-        return transfer.last_record(session)
+        return transfer.last_id(session, kind)
 
 
 def last_place(out: BinaryIO) -> Place:
@@ -166,7 +167,7 @@ def record_lines(
 ) -> Iterator[bytes]:
     """In turns with a second process, which makes every other batch of a long export."""
     lines = partial(lines_between, database, owner_id, query)
-    batches = id_batches(database, owner_id, query, after, through)
+    batches = id_batches(database, GenerationRecord, owner_id, query, after, through)
     helper: Helper | None = None
     with contextlib.ExitStack() as until_the_end:
         for number, mine in enumerate(batches):
@@ -187,36 +188,44 @@ def record_lines(
 
 def exporting(
     url: str, timeout: float, owner_id: str | None, query: HistoryQuery
-) -> Callable[[IdBatch], bytes]:
+) -> Callable[[IdRange], bytes]:
     return partial(lines_between, Database(url, timeout), owner_id, query)
 
 
 def lines_between(
-    database: Database, owner_id: str | None, query: HistoryQuery, batch: IdBatch
+    database: Database, owner_id: str | None, query: HistoryQuery, batch: IdRange
 ) -> bytes:
     with database.sessions() as session:
-        rows = transfer.records_between(session, owner_id, query, *batch)
+        rows = transfer.records_in(session, owner_id, query, batch)
     return b"".join(map(record_line, rows))
 
 
 def id_batches(
-    database: Database, owner_id: str | None, query: HistoryQuery, after: int, through: int
-) -> Iterator[IdBatch]:
+    database: Database,
+    kind: type[Base],
+    owner_id: str | None,
+    query: HistoryQuery,
+    after: int,
+    through: int,
+) -> Iterator[IdRange]:
     """All ids after the one and to the other, cut where a batch is full."""
+    count = BATCH_ROWS
     while after < through:
         with database.sessions() as session:
-            last = transfer.nth_record(session, owner_id, query, after, through, BATCH_ROWS)
-        yield after, last or through
-        after = last or through
+            found = transfer.extent(session, kind, owner_id, query, (after, through), count)
+        if found.text > BATCH_TEXT and count > 1:
+            count //= 2
+            continue
+        last = found.last if found.rows == count else through
+        yield after, last
+        after, count = last, min(2 * count, BATCH_ROWS)
 
 
 def conversation_lines(
     database: Database, owner_id: str | None, query: HistoryQuery, after: int
 ) -> Iterator[bytes]:
-    while True:
+    through = last_id(database, Conversation)
+    for batch in id_batches(database, Conversation, owner_id, query, after, through):
         with database.sessions() as session:
-            rows = transfer.conversations_after(session, owner_id, query, after, BATCH_ROWS)
-        if not rows:
-            return
+            rows = transfer.conversations_in(session, owner_id, query, batch)
         yield b"".join(map(conversation_line, rows))
-        after = rows[-1]["id"]

@@ -398,6 +398,26 @@ def test_a_record_that_ends_during_an_export_brings_its_conversation(
     ]
 
 
+def test_large_texts_are_exported_few_at_a_time(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is all that an export has in memory, in each of its processes."""
+    large = "x" * 10_000
+    threads = [conversation(id, initial_prompt=large) for id in range(1, 10)]
+    asked = [record(id, generated_text="Once" + large) for id in range(1, 10)]
+    import_lines(database, written(*threads, *asked, *(record(id) for id in range(10, 30))))
+    with database.sessions() as session:
+        for _ in range(9):
+            show(session, 9)  # its text is counted though the row holds none
+    whole = exported(database)
+    monkeypatch.setattr(transfer, "BATCH_TEXT", 25_000)
+    place = transfer.Place()
+    parts = [*transfer.export_lines(database, None, HistoryQuery(), place, 38, nothing)]
+    assert max(map(len, parts)) < 40_000
+    assert max(part.count(b"\n") for part in parts) > 4
+    assert b"".join(parts) == whole
+
+
 def test_a_file_that_is_whole_is_not_written_again(database: Database, tmp_path: Path) -> None:
     import_lines(database, written(record(1)))
     file = tmp_path / "history.ndjson"
