@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, Table, func, select, text
+from sqlalchemy import ColumnElement, Select, Table, func, inspect, select, text
 from sqlalchemy.orm import Session, aliased
 
 from models import TERMINAL, Base, Conversation, GenerationRecord, HistoryQuery, UsageDelta
@@ -212,6 +212,19 @@ def go_on_after(session: Session, kind: type[Base], last_id: int) -> None:
         text("SELECT setval(:sequence, :last) WHERE :last > (" + current.text + ")"),
         {"sequence": sequence, "last": last_id},
     )
+
+
+def drop_tables(session: Session) -> None:
+    """All of them, on MySQL; of what failed on PostgreSQL, which takes back tables too, is none."""
+    connection = session.connection()
+    names = map(connection.dialect.identifier_preparer.quote, inspect(connection).get_table_names())
+    if not (tables := ", ".join(names)):
+        return
+    session.execute(text("SET foreign_key_checks = 0"))
+    try:
+        session.execute(text(f"DROP TABLE {tables}"))
+    finally:
+        session.execute(text("SET foreign_key_checks = 1"))
 
 
 def table_of(kind: type[Base]) -> Table:

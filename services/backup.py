@@ -5,9 +5,12 @@ ever fills a database that is empty. SQLite's way is in ``sqlite_backup.py``, Po
 MySQL's in ``server_backup.py``.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+from sqlalchemy.exc import DBAPIError
 
 from database import Database, transaction
 from errors import CommandError
@@ -47,11 +50,21 @@ def restore(database: Database, source: Path, progress: Progress) -> int:
     else:
         if not database.is_empty():
             raise CommandError("the database has tables already; a restore fills an empty one")
-        server_backup.load(database.url, source)
+        load(database, source)
     with database.sessions() as session:
         with transaction(session):
             leases.clear(session)
         return transfer.count_records(session)
+
+
+def load(database: Database, source: Path) -> None:
+    """What is left by a load that fails goes, so that a sound one finds the database empty."""
+    try:
+        server_backup.load(database.url, source)
+    except BaseException:
+        with contextlib.suppress(DBAPIError), database.sessions() as session:
+            transfer.drop_tables(session)
+        raise
 
 
 def restore_file(file: Path, source: Path, progress: Progress) -> None:

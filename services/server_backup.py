@@ -4,6 +4,7 @@ A password goes into the program's environment, never on its command line.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,9 @@ from sqlalchemy import URL
 
 from errors import CommandError
 
+LAST_LINE = re.compile(r"[^\n]+\Z")
+# Of a load that fails, no more than where: what else is said may quote rows.
+LOADING = re.compile(r'ERROR \d+ (\(\w+\) )?at line \d+|COPY failed for table "\w+"')
 DUMP_END = b"-- Dump completed"  # mysqldump writes it when all is written
 
 
@@ -40,7 +44,10 @@ def dump(url: URL, target: Path) -> None:
 
 
 def load(url: URL, source: Path) -> None:
-    """Fill an empty database from a dump. Raises CommandError."""
+    """Fill an empty database from a dump. Raises CommandError.
+
+    MySQL, which has no transaction for tables, keeps those that were made until then.
+    """
     if url.get_backend_name() == "postgresql":
         read_through(url, source)
         run(
@@ -51,12 +58,13 @@ def load(url: URL, source: Path) -> None:
             "--exit-on-error",
             f"--dbname={location(url)}",
             str(source),
+            said=LOADING,
         )
         return
     expect_end(source)
     with source.open("rb") as lines:
         client = program("mysql", "mariadb")
-        run(url, client, *mysql_options(url), str(url.database), stdin=lines)
+        run(url, client, *mysql_options(url), str(url.database), stdin=lines, said=LOADING)
 
 
 def read_through(url: URL, dumped: Path) -> None:
@@ -91,8 +99,14 @@ def program(*names: str) -> str:
     raise CommandError(f"{names[0]} is not on the PATH: install the database's client programs")
 
 
-def run(url: URL, name: str, *arguments: str, stdin: BinaryIO | None = None) -> None:
-    """Raises CommandError with the last line of what a failed program says."""
+def run(
+    url: URL,
+    name: str,
+    *arguments: str,
+    stdin: BinaryIO | None = None,
+    said: re.Pattern[str] = LAST_LINE,
+) -> None:
+    """Raises CommandError with what a failed program ``said``, of all its complaints."""
     password = url.password or ""
     done = subprocess.run(  # noqa: S603 - the operator's own settings
         [program(name), *arguments],
@@ -101,8 +115,11 @@ def run(url: URL, name: str, *arguments: str, stdin: BinaryIO | None = None) -> 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         check=False,
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise CommandError(f"{name} failed: {said[-1] if said else done.returncode}")
+        found = said.search(done.stderr.strip())
+        raise CommandError(
+            f"{name} failed: {found[0] if found else f'exit status {done.returncode}'}"
+        )

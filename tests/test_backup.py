@@ -93,6 +93,35 @@ def test_a_backup_that_is_cut_short_is_refused(
     assert empty.is_empty()
 
 
+@pytest.mark.parametrize("database_url", ["postgresql", "mysql"], indirect=True)
+def test_a_damaged_dump_leaves_nothing_and_none_of_its_rows_is_shown(
+    database: Database, empty: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number that is none any more, amid texts; in a file that is not packed, as MySQL's."""
+    run = server_backup.run
+    monkeypatch.setattr(
+        server_backup,
+        "run",
+        lambda url, name, *given, **more: run(
+            url, name, *given, *["--compress=0"] * (name == "pg_dump"), **more
+        ),
+    )
+    fill(database)
+    with database.sessions() as session:
+        insert(session, prompt="canary4711", seed=4711471147114711)
+        insert(session, prompt="canary4711")
+    file = tmp_path / "backup"
+    backup.back_up(database, file, nothing)
+    sound = file.read_bytes()
+    file.write_bytes(sound.replace(b"4711471147114711", b"4711canary471147"))
+    with pytest.raises(CommandError, match=r"^\w+ failed: (ERROR|COPY failed)") as caught:
+        backup.restore(empty, file, nothing)
+    assert "canary" not in str(caught.value)
+    assert empty.is_empty()
+    file.write_bytes(sound)
+    assert backup.restore(empty, file, nothing) == 6
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_database_in_use_is_no_backup(
     database: Database, empty: Database, tmp_path: Path
