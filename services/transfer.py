@@ -6,19 +6,21 @@ in small batches and holds nothing in between: a service may run beside it.
 
 import contextlib
 import fcntl
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
+
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from database import Database
 from errors import CommandError
 from models import Base, Conversation, GenerationRecord, HistoryQuery
 from repositories import transfer
 from repositories.transfer import IdRange
+from services.backup import make_durable
 from services.helper import Helper
 from services.lines import BrokenLineError, conversation_line, parse, record_line
 
@@ -36,6 +38,14 @@ class Place:
 
     conversation: int = 0
     record: int | None = None
+
+
+class Note(BaseModel):
+    """What a file that is not whole yet is to hold: which records, through which id."""
+
+    owner: str | None
+    query: dict[str, JsonValue]
+    through: int = 0
 
 
 def export_to(
@@ -60,16 +70,16 @@ def export_file(
     for a file that is whole, that was begun with other filters, or that another export writes.
     """
     note = file.with_name(file.name + ".unfinished")
-    asked = {"owner": owner_id, "query": query.model_dump(mode="json", exclude={"limit"})}
+    asked = Note(owner=owner_id, query=query.model_dump(mode="json", exclude={"limit"}))
     with file.open("ab+") as out:
         hold(out)
         if note.exists():
-            through = noted_end(note, asked)
+            through = through_noted(note, asked)
         elif out.seek(0, os.SEEK_END):
             raise CommandError(f"{file} is there already, and is not an export that was cut off")
         else:
             through = last_id(database)
-            write_note(note, asked | {"through": through})
+            write_note(note, asked.model_copy(update={"through": through}))
         place = last_place(out)
         for lines in export_lines(database, owner_id, query, place, through, progress):
             out.write(lines)
@@ -86,20 +96,26 @@ def hold(out: BinaryIO) -> None:
         raise CommandError(f"another export is writing {out.name} at this moment") from None
 
 
-def noted_end(note: Path, asked: Mapping[str, object]) -> int:
+def through_noted(note: Path, asked: Note) -> int:
     """The last id of an export that was cut off. Raises CommandError."""
-    noted = json.loads(note.read_bytes())
-    through = noted.pop("through")
-    if noted != asked:
+    try:
+        noted = Note.model_validate_json(note.read_bytes())
+    except ValidationError:
+        raise CommandError(
+            f"{note} cannot be read: remove it and {note.with_suffix('')}, and export again"
+        ) from None
+    if noted.model_copy(update={"through": 0}) != asked:
         raise CommandError(f"{note.with_suffix('')} was begun with other filters; see {note}")
-    return int(through)
+    return noted.through
 
 
-def write_note(note: Path, content: Mapping[str, object]) -> None:
-    """All of it or nothing."""
+def write_note(note: Path, content: Note) -> None:
+    """All of it or nothing, and before any line: a file without a note passes for whole."""
     draft = note.with_name(note.name + ".new")
-    draft.write_text(json.dumps(content))
+    draft.write_text(content.model_dump_json())
+    make_durable(draft)
     draft.rename(note)
+    make_durable(note.absolute().parent)
 
 
 def last_id(database: Database, kind: type[Base] = GenerationRecord) -> int:

@@ -468,6 +468,19 @@ def test_a_file_that_was_cut_off_goes_on_after_its_last_whole_line(
     assert not note.exists()
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("noted", [b"", b"{", b"[]", b'{"owner": null}', b"\xff"])
+def test_a_note_that_cannot_be_read_ends_the_export_in_words(
+    database: Database, tmp_path: Path, noted: bytes
+) -> None:
+    file, note = tmp_path / "history.ndjson", tmp_path / "history.ndjson.unfinished"
+    file.write_bytes(b"{")
+    note.write_bytes(noted)
+    with pytest.raises(CommandError, match=r"cannot be read: remove it and .*ndjson, and export"):
+        transfer.export_file(database, file, None, HistoryQuery(), nothing)
+    assert file.read_bytes() == b"{"
+
+
 def test_an_export_killed_again_and_again_has_every_line_once(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path / 'records.db'}")
     database.migrate()
