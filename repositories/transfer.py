@@ -68,6 +68,14 @@ def text_size(kind: type[Base]) -> ColumnElement[int]:
     )
 
 
+def ids_in(
+    session: Session, kind: type[Base], owner_id: str | None, query: HistoryQuery, ids: IdRange
+) -> Sequence[int]:
+    id = table_of(kind).c.id
+    statement = wanted(kind, select(id), owner_id, query).where(*between(id, ids))
+    return session.scalars(statement.order_by(id)).all()
+
+
 def records_in(
     session: Session, owner_id: str | None, query: HistoryQuery, ids: IdRange
 ) -> list[Values]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 
 from database import Database
 from errors import CommandError
-from models import Base, Conversation, GenerationRecord, HistoryQuery
+from models import Conversation, GenerationRecord, HistoryQuery
 from repositories import transfer
 from repositories.transfer import IdRange
 from services.backup import make_durable
@@ -29,6 +29,7 @@ BATCH_TEXT = 1 << 20  # characters; a batch is in memory several times over, in 
 ALONE_BATCHES = 10  # a second process would hardly have started before so much is written
 TAIL_BYTES = 1 << 16
 
+Kind = type[Conversation] | type[GenerationRecord]
 Progress = Callable[[int, int], None]  # how far it has come, of how much
 
 
@@ -118,7 +119,7 @@ def write_note(note: Path, content: Note) -> None:
     make_durable(note.absolute().parent)
 
 
-def last_id(database: Database, kind: type[Base] = GenerationRecord) -> int:
+def last_id(database: Database, kind: Kind = GenerationRecord) -> int:
     with database.sessions() as session:
         return transfer.last_id(session, kind)
 
@@ -182,7 +183,7 @@ def record_lines(
     progress: Progress,
 ) -> Iterator[bytes]:
     """In turns with a second process, which makes every other batch of a long export."""
-    lines = partial(lines_between, database, owner_id, query)
+    lines = partial(lines_between, database, GenerationRecord, owner_id, query)
     batches = id_batches(database, GenerationRecord, owner_id, query, after, through)
     helper: Helper | None = None
     with contextlib.ExitStack() as until_the_end:
@@ -205,20 +206,49 @@ def record_lines(
 def exporting(
     url: str, timeout: float, owner_id: str | None, query: HistoryQuery
 ) -> Callable[[IdRange], bytes]:
-    return partial(lines_between, Database(url, timeout), owner_id, query)
+    return partial(lines_between, Database(url, timeout), GenerationRecord, owner_id, query)
 
 
 def lines_between(
-    database: Database, owner_id: str | None, query: HistoryQuery, batch: IdRange
+    database: Database, kind: Kind, owner_id: str | None, query: HistoryQuery, batch: IdRange
 ) -> bytes:
+    """Raises CommandError that names the first row that cannot be read, and nothing of it."""
+    try:
+        return read_lines(database, kind, owner_id, query, batch)
+    except Exception:
+        damaged = first_unreadable(database, kind, owner_id, query, batch)
+        if damaged is None:
+            raise
+    name = "record" if kind is GenerationRecord else "conversation"
+    raise CommandError(f"{name} {damaged} cannot be read: what its row holds is damaged")
+
+
+def read_lines(
+    database: Database, kind: Kind, owner_id: str | None, query: HistoryQuery, batch: IdRange
+) -> bytes:
+    of_records = kind is GenerationRecord
+    read = transfer.records_in if of_records else transfer.conversations_in
     with database.sessions() as session:
-        rows = transfer.records_in(session, owner_id, query, batch)
-    return b"".join(map(record_line, rows))
+        rows = read(session, owner_id, query, batch)
+    return b"".join(map(record_line if of_records else conversation_line, rows))
+
+
+def first_unreadable(
+    database: Database, kind: Kind, owner_id: str | None, query: HistoryQuery, batch: IdRange
+) -> int | None:
+    with database.sessions() as session:  # a database that is gone raises here
+        ids = transfer.ids_in(session, kind, owner_id, query, batch)
+    for id in ids:
+        try:
+            read_lines(database, kind, owner_id, query, (id - 1, id))
+        except Exception:
+            return id
+    return None
 
 
 def id_batches(
     database: Database,
-    kind: type[Base],
+    kind: Kind,
     owner_id: str | None,
     query: HistoryQuery,
     after: int,
@@ -242,6 +272,4 @@ def conversation_lines(
 ) -> Iterator[bytes]:
     through = last_id(database, Conversation)
     for batch in id_batches(database, Conversation, owner_id, query, after, through):
-        with database.sessions() as session:
-            rows = transfer.conversations_in(session, owner_id, query, batch)
-        yield b"".join(map(conversation_line, rows))
+        yield lines_between(database, Conversation, owner_id, query, batch)

@@ -1,11 +1,14 @@
 """Export and import: everything comes along, once, whatever is interrupted or broken."""
 
+import contextlib
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from tests.service import ROOT
 from tests.test_history import NOON, OWNER, insert
 
 NOT_MOVED = LEFT | {"lease_id"}
+NO_TEXT = "CAST(x'ff63616e617279' AS TEXT)"  # "canary" after what UTF-8 never has
 
 
 def nothing(done: int, total: int) -> None:
@@ -504,6 +508,38 @@ def test_an_export_killed_again_and_again_has_every_line_once(tmp_path: Path) ->
     assert [line["id"] for line in lines_of(file.read_bytes())] == list(range(1, 30_001))
     assert file.read_bytes() == exported(database)
     database.close()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (
+            f"generation_records SET prompt = {NO_TEXT} WHERE id = 4",
+            "record 4",
+        ),
+        ("generation_records SET parameters = '{canary' WHERE id = 3", "record 3"),
+        ("generation_records SET parameters = '17' WHERE id = 5", "record 5"),
+        ("generation_records SET created_at = 'canary' WHERE id = 1", "record 1"),
+        (
+            f"conversations SET title = {NO_TEXT} WHERE id = 2",
+            "conversation 2",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named_and_not_shown(
+    database: Database, damage: str, name: str
+) -> None:
+    fill(database)
+    assert database.file is not None
+    with contextlib.closing(sqlite3.connect(database.file)) as connection:
+        for trigger in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'"):
+            connection.execute(f"DROP TRIGGER {trigger[0]}")
+        connection.execute(f"UPDATE {damage}")
+        connection.commit()
+    with pytest.raises(CommandError, match=f"^{name} cannot be read: [^\n]*$") as caught:
+        exported(database)
+    assert "canary" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_an_answer_from_the_cache_comes_along_without_a_second_copy(database: Database) -> None:
