@@ -151,12 +151,13 @@ class Sorting:
                     return
 
     def sort_in(self, known: "Known", row: Arriving) -> None:
-        if known.has(row):
+        ready = known.place(row)
+        if ready is None:
             self.present += 1
         elif row.kind is Conversation:
-            self.conversations.append(row.ready)
+            self.conversations.append(ready)
         else:
-            self.records.append(known.as_it_comes_in(row))
+            self.records.append(ready)
 
 
 def last_id(rows: list[transfer.Ready]) -> int:
@@ -178,17 +179,21 @@ class Known:
             Conversation: transfer.known(session, Conversation, conversations | threads),
         }
 
-    def has(self, row: Arriving) -> bool:
-        """Whether it is there; if not, it is from now on. Raises BrokenLineError."""
-        there = self.rows[row.kind].get(row.id)
-        if there is not None and there != row.identity:
-            raise BrokenLineError(f"another row has its id, {row.id}")
-        if there is None:
-            self.check_thread(row)
-            self.rows[row.kind][row.id] = row.identity
-        return there is not None
+    def place(self, row: Arriving) -> transfer.Ready | None:
+        """The row as it is to come in, and is known from now on; None if it is there already.
 
-    def as_it_comes_in(self, row: Arriving) -> transfer.Ready:
+        Raises BrokenLineError where its id is another row's, or its conversation is not there.
+        """
+        there = self.rows[row.kind].get(row.id)
+        if there == row.identity:
+            return None
+        if there is not None:
+            raise BrokenLineError(f"another row has its id, {row.id}")
+        self.check_thread(row)
+        self.rows[row.kind][row.id] = row.identity
+        return self.linked_or_own(row)
+
+    def linked_or_own(self, row: Arriving) -> transfer.Ready:
         """An answer from the cache holds no text where its source, with that text, is there."""
         source = row.source_id
         if row.linked is None or source is None or row.text is None:

@@ -4,8 +4,8 @@ Conversations come first, then records, each by id, so that a line never needs a
 in small batches and holds nothing in between: a service may run beside it.
 """
 
-import contextlib
 import fcntl
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -185,22 +185,22 @@ def record_lines(
     """In turns with a second process, which makes every other batch of a long export."""
     lines = partial(lines_between, database, GenerationRecord, owner_id, query)
     batches = id_batches(database, GenerationRecord, owner_id, query, after, through)
-    helper: Helper | None = None
-    with contextlib.ExitStack() as until_the_end:
-        for number, mine in enumerate(batches):
-            if number == ALONE_BATCHES:
-                url = database.url.render_as_string(hide_password=False)
-                helping = Helper(exporting, url, database.timeout, owner_id, query)
-                helper = until_the_end.enter_context(helping)
-            theirs = next(batches, None) if helper else None
-            if helper and theirs:
-                helper.ask(theirs)
+    for batch in itertools.islice(batches, ALONE_BATCHES):
+        yield lines(batch)
+        after = batch[1]
+        progress(after, through)
+    if after == through:
+        return
+    nothing = through, through
+    url = database.url.render_as_string(hide_password=False)
+    with Helper(exporting, url, database.timeout, owner_id, query) as helper:
+        for mine, theirs in itertools.zip_longest(batches, batches, fillvalue=nothing):
+            helper.ask(theirs)
             yield lines(mine)
             progress(mine[1], through)
-            if helper and theirs:
-                found: bytes | None = helper.answer()
-                yield lines(theirs) if found is None else found
-                progress(theirs[1], through)
+            found: bytes | None = helper.answer()
+            yield lines(theirs) if found is None else found
+            progress(theirs[1], through)
 
 
 def exporting(
