@@ -112,7 +112,7 @@ def test_records_are_searched_counted_removed_and_erased(
         (("import",), "line 1: "),
         (("search", "--", "-zoe"), "q: "),
         (("retention",), "Neither RETENTION_DAYS nor"),
-        (("export", "--out", "/nowhere/x"), "/nowhere/x.unfinished.new: No such file or directory"),
+        (("export", "--out", "/nowhere/x"), "/nowhere/x: No such file or directory"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
