@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from sqlalchemy import ColumnElement, and_, delete, func, select
+from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session
 
 from models import Conversation, GenerationRecord
-from repositories import records, removal, retention
+from repositories import removal, retention
 
 
 @dataclass
@@ -53,9 +53,5 @@ def begun_by(session: Session, threads: set[int], ids: list[int]) -> set[int]:
 
 
 def remove_empty(session: Session, threads: set[int]) -> int:
-    """Their rows are held first: who is about to say something in one has said it, or waits."""
-    held = select(Conversation.id).where(Conversation.id.in_(threads)).order_by(Conversation.id)
-    session.execute(held.with_for_update())
     holds = select(GenerationRecord.id).where(GenerationRecord.conversation_id == Conversation.id)
-    statement = delete(Conversation).where(Conversation.id.in_(threads), ~holds.exists())
-    return records.changed(session, statement.execution_options(synchronize_session=False))
+    return retention.remove_conversations(session, sorted(threads), ~holds.exists())

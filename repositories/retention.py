@@ -124,15 +124,28 @@ def count_conversations(session: Session, condition: Condition) -> int:
     return session.scalar(select(func.count()).select_from(Conversation).where(condition)) or 0
 
 
+def hold_conversations(session: Session, ids: Iterable[int]) -> None:
+    """Who is about to say something in one has said it, or waits until this transaction ends.
+
+    A condition on what a conversation holds belongs into a later statement: one that waits for a
+    row goes on with what it saw before.
+    """
+    held = select(Conversation.id).where(Conversation.id.in_(ids)).order_by(Conversation.id)
+    session.execute(held.with_for_update())
+
+
 def remove_conversations(session: Session, ids: Sequence[int], condition: Condition) -> int:
+    hold_conversations(session, ids)
     statement = delete(Conversation).where(Conversation.id.in_(ids), condition)
     return records.changed(session, statement.execution_options(synchronize_session=False))
 
 
 def remove_titles(session: Session, ids: Sequence[int], condition: Condition) -> int:
     """What was made of the texts goes as they did."""
-    statement = select(Conversation.id).where(Conversation.id.in_(ids), condition)
-    found = list(session.scalars(statement.with_for_update()))
+    hold_conversations(session, ids)
+    found = list(
+        session.scalars(select(Conversation.id).where(Conversation.id.in_(ids), condition))
+    )
     values: dict[str, Any] = {"title": TITLE_OF_NOTHING, "initial_prompt": None}
     session.execute(
         update(Conversation)

@@ -5,13 +5,15 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from database import Database, transaction
@@ -132,6 +134,40 @@ def test_a_stop_string_is_text_too(database: Database) -> None:
         run(database, Limits(texts=NOW))
         session.expire_all()
         assert history.get(session, OWNER, record).parameters == {"stop": [], "top_k": 3}
+
+
+WAITING = {
+    "postgresql": "pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event_type = 'Lock'",
+    "mysql": "information_schema.innodb_trx JOIN information_schema.processlist"
+    " ON id = trx_mysql_thread_id WHERE db = database() AND trx_state = 'LOCK WAIT'",
+}
+
+
+@pytest.mark.parametrize("database_url", WAITING, indirect=True)
+def test_what_comes_into_an_old_conversation_meanwhile_stays(database: Database) -> None:
+    """What comes holds the conversation, so that it is not deleted, but does not change it."""
+    with database.sessions() as session, ThreadPoolExecutor() as threads:
+        empty = thread(session, OLD)
+        comes = insert(session, created_at=NOW)
+        with transaction(session):
+            session.get_one(GenerationRecord, comes).conversation_id = empty
+            session.flush()
+            running = threads.submit(run, database, BOTH)
+            wait_for_a_waiting_transaction(database, running)
+        assert running.result() == Removed()
+        assert kept(session) == {comes}
+        assert kept(session, Conversation) == {empty}
+
+
+def wait_for_a_waiting_transaction(database: Database, running: Future[Removed]) -> None:
+    mysql = database.engine.dialect.name in ("mysql", "mariadb")
+    waiting = WAITING["mysql" if mysql else "postgresql"]
+    statement = text(f"SELECT count(*) FROM {waiting}")
+    with database.engine.connect() as connection:
+        while not connection.scalar(statement) and not running.done():
+            connection.rollback()
+            time.sleep(0.2)  # MariaDB looks anew only when nobody has asked for 0.1 s
 
 
 def test_one_of_many_does_it(database: Database, database_url: str) -> None:
