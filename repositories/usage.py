@@ -258,8 +258,9 @@ def of_hours(hours: Sequence[int]) -> ColumnElement[bool]:
 def forget_user(session: Session, owner_id: str | None, user_id: str) -> int:
     """Remove a person's own sums; what all did together stays. How many sums there were.
 
-    An owner of None is every owner.
+    An owner of None is every owner. Whoever adds to the sums has added what they read, or waits.
     """
+    session.execute(TURN.with_for_update())
     single = update(UsageDelta).where(UsageDelta.user_id == user_id)
     theirs = delete(Usage).where(Usage.kind == UsageKind.USER_DAY, Usage.name == user_id)
     if owner_id is not None:

@@ -154,18 +154,19 @@ def test_what_comes_into_an_old_conversation_meanwhile_stays(database: Database)
             session.get_one(GenerationRecord, comes).conversation_id = empty
             session.flush()
             running = threads.submit(run, database, BOTH)
-            wait_for_a_waiting_transaction(database, running)
+            wait_until_waiting(database, running)
         assert running.result() == Removed()
         assert kept(session) == {comes}
         assert kept(session, Conversation) == {empty}
 
 
-def wait_for_a_waiting_transaction(database: Database, running: Future[Removed]) -> None:
+def wait_until_waiting(database: Database, last: Future[Any], count: int = 1) -> None:
+    """Until so many transactions wait for locks, or what would be the last of them has ended."""
     mysql = database.engine.dialect.name in ("mysql", "mariadb")
     waiting = WAITING["mysql" if mysql else "postgresql"]
-    statement = text(f"SELECT count(*) FROM {waiting}")
     with database.engine.connect() as connection:
-        while not connection.scalar(statement) and not running.done():
+        statement = text(f"SELECT count(*) FROM {waiting}")
+        while (connection.scalar(statement) or 0) < count and not last.done():
             connection.rollback()
             time.sleep(0.2)  # MariaDB looks anew only when nobody has asked for 0.1 s
 

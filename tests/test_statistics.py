@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import delete, text
+from sqlalchemy import delete, select, text
 from sqlalchemy import insert as insert_rows
 from sqlalchemy.orm import Session
 
@@ -23,12 +23,14 @@ from models import (
     Status,
     Usage,
     UsageDelta,
+    UsageKind,
 )
 from repositories import busiest, records, usage
 from services import conversations, history, statistics
 from services.statistics import UsageFolder
 from tests.test_history import NOON, OWNER, insert
 from tests.test_lists import analyze, is_served, plans
+from tests.test_retention import WAITING, wait_until_waiting
 
 LATER = NOON + timedelta(days=40)
 
@@ -213,6 +215,32 @@ def test_a_turn_to_add_up_is_found_without_reading_the_sums(
     found = plans(database, session, lambda session: usage.fold(session, 1))
     assert found
     assert [plan for plan in found if not is_served(plan)] == []
+
+
+@pytest.mark.parametrize("database_url", WAITING, indirect=True)
+def test_a_person_who_is_forgotten_while_it_is_added_up_stays_so(database: Database) -> None:
+    """Who adds up has read what was noted of her, and waits before it is written."""
+    folder, erasing = UsageFolder(database), database.sessions()
+    with erasing, database.sessions() as session, ThreadPoolExecutor() as threads:
+        insert(session, user_id="bert")
+        folder.tick()
+        insert(session, user_id="anna")
+
+        def forget() -> None:
+            with transaction(erasing):
+                usage.forget_user(erasing, OWNER, "anna")
+
+        with transaction(session):
+            of_model = select(Usage).where(Usage.kind == UsageKind.MODEL_HOUR)
+            session.execute(of_model.with_for_update())
+            adding = threads.submit(folder.tick)
+            wait_until_waiting(database, adding)
+            forgetting = threads.submit(forget)
+            wait_until_waiting(database, forgetting, count=2)
+        for done in (adding, forgetting):
+            done.result()
+        named = {(item.user_id, item.requests) for item in asked(session, by="user")}
+    assert named == {("bert", 1)}
 
 
 def sums_of_days(draw: random.Random, days: int, users: int) -> list[dict[str, Any]]:
