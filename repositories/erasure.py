@@ -23,14 +23,14 @@ def of_user(owner_id: str | None, user_id: str) -> ColumnElement[bool]:
     return mine if owner_id is None else and_(GenerationRecord.owner_id == owner_id, mine)
 
 
-def take_out(session: Session, owner_id: str | None, user_id: str, count: int) -> Taken:
-    """Delete the first records of a user, in whatever state; a conversation that holds none any
+def take_out(session: Session, theirs: ColumnElement[bool], count: int) -> Taken:
+    """Delete the first of a user's records, in whatever state; a conversation that holds none any
     more goes too, and one that a user began loses what its title was made of.
     """
     record = GenerationRecord
     found = session.execute(
         select(record.id, record.conversation_id, record.cache_key)
-        .where(of_user(owner_id, user_id))
+        .where(theirs)
         .order_by(record.id)
         .limit(count)
         .with_for_update()

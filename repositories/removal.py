@@ -1,9 +1,9 @@
 """Taking records, or their texts, away: what was answered from the cache with them keeps them."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
-from sqlalchemy import bindparam, delete, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from models import GenerationRecord
@@ -18,14 +18,14 @@ def remove(session: Session, owner_id: str, record_id: int) -> bool:
 
 def remove_all(session: Session, record_ids: Sequence[int]) -> int:
     """Delete records of whatever owner; answers from the cache that show them keep their texts."""
-    hand_over(session, set(record_ids))
+    hand_over(session, record_ids)
     statement = delete(GenerationRecord).where(GenerationRecord.id.in_(record_ids))
     return records.changed(session, statement.execution_options(synchronize_session=False))
 
 
 def remove_texts(session: Session, record_ids: Sequence[int], now: datetime) -> None:
     """Take their texts from records of whatever owner; the numbers stay."""
-    hand_over(session, set(record_ids))
+    hand_over(session, record_ids)
     record = GenerationRecord
     found = session.execute(select(record.id, record.parameters).where(record.id.in_(record_ids)))
     rows = [{"of": id, "without": parameters | {"stop": []}} for id, parameters in found]
@@ -47,38 +47,38 @@ def remove_texts(session: Session, record_ids: Sequence[int], now: datetime) -> 
     search.drop(session, search.RECORDS, record_ids)
 
 
-def hand_over(session: Session, leaving: Set[int]) -> None:
+def hand_over(session: Session, leaving: Collection[int]) -> None:
     """Before texts are changed or removed: answers from the cache that show them keep them.
 
-    The oldest that stays gets the text for its own, and is the others' source from then on. The
-    rows are held first: who is about to show one of their texts has done so, or finds it gone.
+    The oldest that stays gets the text for its own, and is the others' source from then on. What
+    leaves shows nothing any more. The rows are held first: who is about to show one of their texts
+    has done so, or finds it gone.
     """
-    held = select(GenerationRecord.id).where(GenerationRecord.id.in_(leaving))
-    session.execute(held.order_by(GenerationRecord.id).with_for_update())
-    column = GenerationRecord.source_id
-    dependents = list(
-        session.scalars(
-            select(GenerationRecord).where(column.in_(leaving)).order_by(GenerationRecord.id)
-        )
-    )
-    heirs: dict[int | None, GenerationRecord] = {}
-    for record in dependents:
-        source_id = record.source_id
-        if record.id in leaving:
-            record.source = None
-        elif source_id in heirs:
-            record.source = heirs[source_id]
-        else:
-            detach(record)
-            heirs[source_id] = record
     session.flush()
-    records.index(session, [heir.id for heir in heirs.values()])
+    record = GenerationRecord
+    held = select(record.id).where(record.id.in_(leaving)).order_by(record.id)
+    session.execute(held.with_for_update())
+    point(session, and_(record.id.in_(leaving), record.source_id.is_not(None)), at=None)
+    oldest = select(record.source_id, func.min(record.id)).where(record.source_id.in_(leaving))
+    heirs = [heir for _, heir in session.execute(oldest.group_by(record.source_id))]
+    for heir in session.scalars(select(record).where(record.id.in_(heirs))):
+        source_id = heir.source_id
+        detach(heir)
+        session.flush()
+        point(session, record.source_id == source_id, at=heir.id)
+    records.index(session, heirs)
+
+
+def point(session: Session, which: ColumnElement[bool], at: int | None) -> None:
+    """Let answers show another record's text, or none."""
+    statement = update(GenerationRecord).where(which).values(source_id=at)
+    session.execute(statement.execution_options(synchronize_session=False))
 
 
 def separate(session: Session, record: GenerationRecord) -> None:
     """Before a text is changed by hand: it is nobody else's, and no answer to anything any more."""
-    hand_over(session, {record.id})
     detach(record)
+    hand_over(session, [record.id])
     record.cache_key = None
 
 

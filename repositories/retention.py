@@ -30,6 +30,11 @@ def older(before: datetime) -> Condition:
     return and_(old, record.pinned.is_(False), record.status.in_(sorted(TERMINAL)))
 
 
+def answered(condition: Condition) -> Condition:
+    """Answers from the cache only: where they go before what they show, few are left to get it."""
+    return and_(condition, GenerationRecord.source_id.is_not(None))
+
+
 def has_old_text(before: datetime, since: datetime | None) -> Condition:
     """A record whose text has been, while the record itself stays."""
     condition = and_(older(before), GenerationRecord.text_removed_at.is_(None))

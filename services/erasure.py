@@ -15,7 +15,7 @@ from database import Database, transaction
 from engine.sampling import FinishReason
 from errors import StorageUnavailableError
 from log import event
-from repositories import erasure, search, space, usage
+from repositories import erasure, retention, search, space, usage
 from services.live import Live
 from services.retention import Pace
 
@@ -55,22 +55,33 @@ def erase(
     for live in running:
         if live.record.user_id == user_id and owner_id in (None, live.record.owner_id):
             live.generation.cancel(FinishReason.CANCELLED)
-    erased, pace = Erased(), Pace()
+    erased, theirs = Erased(), erasure.of_user(owner_id, user_id)
+    for condition in (retention.answered(theirs), theirs):
+        take_out(database, condition, forget, erased)
+    with database.sessions() as session, transaction(session):
+        usage.forget_user(session, owner_id, user_id)
+    erased.cleared = clear_away(database, most_bytes)
+    event(log, logging.INFO, "user erased", records=erased.records)
+    return erased
+
+
+def take_out(
+    database: Database,
+    condition: retention.Condition,
+    forget: Callable[[Sequence[str]], None],
+    erased: Erased,
+) -> None:
+    pace = Pace()
     while True:
         with database.sessions() as session, transaction(session):
             began = time.monotonic()
-            taken = erasure.take_out(session, owner_id, user_id, pace.rows)
+            taken = erasure.take_out(session, condition, pace.rows)
         pace.took(time.monotonic() - began)
         forget(taken.cache_keys)
         erased.records += taken.records
         erased.conversations += taken.conversations
         if not taken.records:
             break
-    with database.sessions() as session, transaction(session):
-        usage.forget_user(session, owner_id, user_id)
-    erased.cleared = clear_away(database, most_bytes)
-    event(log, logging.INFO, "user erased", records=erased.records)
-    return erased
 
 
 def clear_away(database: Database, most_bytes: int | None) -> bool:

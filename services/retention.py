@@ -132,11 +132,13 @@ class Retention:
         old = retention.older(before)
         with self.database.sessions() as session:
             blocks = retention.old_blocks(session, before)
-        for ids in retention.id_ranges(blocks):
-            removed.records += self.in_batches(
-                partial(retention.record_ids, ids=ids, condition=old),
-                partial(retention.remove, condition=old),
-            )
+        ranges = retention.id_ranges(blocks)
+        for condition in (retention.answered(old), old):
+            for ids in ranges:
+                removed.records += self.in_batches(
+                    partial(retention.record_ids, ids=ids, condition=condition),
+                    partial(retention.remove, condition=condition),
+                )
         left = retention.left_over(before)
         removed.conversations += self.in_batches(
             partial(retention.conversation_ids, condition=left),
@@ -150,11 +152,13 @@ class Retention:
             blocks = retention.old_blocks(session, before)
             done = retention.wholly_old_blocks(session, before)
         left = [block for block in blocks if block not in self.without_texts]
-        for ids in retention.id_ranges(left):
-            removed.texts += self.in_batches(
-                partial(retention.record_ids, ids=ids, condition=old),
-                partial(retention.remove_texts, condition=old, now=datetime.now(UTC)),
-            )
+        ranges = retention.id_ranges(left)
+        for condition in (retention.answered(old), old):
+            for ids in ranges:
+                removed.texts += self.in_batches(
+                    partial(retention.record_ids, ids=ids, condition=condition),
+                    partial(retention.remove_texts, condition=condition, now=datetime.now(UTC)),
+                )
         titles = retention.has_old_title(before, since)
         removed.titles += self.in_batches(
             partial(retention.conversation_ids, condition=titles),

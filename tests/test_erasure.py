@@ -17,6 +17,7 @@ from services.erasure import Erased
 from tests.database_servers import Redis
 from tests.service import in_process, ready, sessions_of
 from tests.test_history import NOON, OWNER, insert
+from tests.test_retention import answer_often, updates
 from tests.test_transfer import show
 
 CANARY = "canary4711"
@@ -82,6 +83,14 @@ def test_answers_of_others_keep_the_text_they_show(database: Database) -> None:
     erasure.erase(database, OWNER, "anna")
     with database.sessions() as session:
         assert history.get(session, OWNER, shown).generated_text == "Es war upon a time"
+
+
+def test_a_text_that_was_answered_often_goes_once(database: Database) -> None:
+    with database.sessions() as session:
+        answer_often(session, 300, 0, user_id="anna")
+    with updates(database) as changed:
+        assert erasure.erase(database, OWNER, "anna").records == 301
+    assert sum(changed) < 500
 
 
 def files_with(folder: Path, word: str) -> list[str]:

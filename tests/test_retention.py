@@ -5,15 +5,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import select, text
+from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
 from database import Database, transaction
@@ -125,6 +126,46 @@ def test_texts_that_later_answers_show_stay_with_those(database: Database) -> No
     with database.sessions() as session:
         for later in shown:
             assert history.get(session, OWNER, later).generated_text == "Es war upon a time"
+
+
+@contextmanager
+def updates(database: Database) -> Iterator[list[int]]:
+    """How many records each statement of the block has changed."""
+    changed: list[int] = []
+
+    def count(_: Any, cursor: Any, sql: str, *__: Any) -> None:
+        if sql.startswith("UPDATE generation_records"):
+            changed.append(cursor.rowcount)
+
+    event.listen(database.engine, "after_cursor_execute", count)
+    yield changed
+    event.remove(database.engine, "after_cursor_execute", count)
+
+
+def answer_often(session: Session, old: int, new: int, **given: Any) -> int:
+    """A text that so many answers from the cache show."""
+    record = insert(session, created_at=OLD, **given)
+    source = history.get(session, OWNER, record)
+    session.rollback()
+    with transaction(session):
+        for number in range(old + new):
+            times = dict.fromkeys(("created_at", "updated_at"), OLD if number < old else NOW)
+            records.add_cached(session, OWNER, source, duration_ms=1, **times, **given)
+    return record
+
+
+@pytest.mark.parametrize("what", ["records", "texts"])
+def test_a_text_that_was_answered_often_is_handed_over_once(database: Database, what: str) -> None:
+    with database.sessions() as session:
+        answer_often(session, 150, 150)
+    with updates(database) as changed:
+        removed = run(database, Limits(**{what: MIDDLE}))
+    assert getattr(removed, what) == 151
+    assert sum(changed) < 500
+    with database.sessions() as session:
+        shown = [record for record in session.scalars(select(GenerationRecord)) if record.prompt]
+        assert [record.generated_text for record in shown] == ["Once upon a time"] * 150
+        assert {record.source_id for record in shown} == {None, min(record.id for record in shown)}
 
 
 def test_a_stop_string_is_text_too(database: Database) -> None:
@@ -245,7 +286,7 @@ def test_a_removed_text_is_not_run_again(client: TestClient) -> None:
 
 RUN = """
 import os
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from database import Database
 from services import retention
