@@ -9,10 +9,10 @@ from sqlalchemy.orm import Session
 
 from lookup import Lookup
 from models import Conversation, ConversationOut, ConversationQuery, GenerationRecord, Page, Status
-from repositories import search
+from repositories import search, titles
 from repositories.records import changed
 from repositories.removal import hand_over
-from words import MESSAGE_MARK, Term, mark, parse_search, record_marks, title_words
+from words import MESSAGE_MARK, Term, mark, parse_search, record_marks
 
 SAME_MARK = 10  # messages whose conversations may share a mark
 
@@ -32,20 +32,8 @@ def add(session: Session, owner_id: str, **values: Any) -> Conversation:
     conversation = Conversation(owner_id=owner_id, **values)
     session.add(conversation)
     session.flush()
-    search.put(session, search.TITLES, [title_row(conversation)])
+    search.put(session, search.TITLES, [titles.row(conversation)])
     return conversation
-
-
-def title_row(conversation: Conversation) -> tuple[int, str]:
-    return conversation.id, title_words(conversation.title, conversation.owner_id)
-
-
-def index_title_again(session: Session, conversation_id: int) -> None:
-    """After a title has changed. The change must have been flushed."""
-    search.drop(session, search.TITLES, [conversation_id])
-    statement = select(Conversation.title, Conversation.owner_id)
-    row = session.execute(statement.where(Conversation.id == conversation_id)).one()
-    search.put(session, search.TITLES, [(conversation_id, title_words(*row))])
 
 
 def get(session: Session, owner_id: str, conversation_id: int) -> Conversation | None:
@@ -110,7 +98,8 @@ def change(session: Session, owner_id: str, conversation_id: int, **values: Any)
     if changed(session, statement) != 1:
         return False
     if "title" in values:
-        index_title_again(session, conversation_id)
+        titles.give(session, conversation_id)
+        titles.index_again(session, conversation_id)
     return True
 
 
@@ -236,5 +225,6 @@ def suggest_title(session: Session, conversation_id: int, title: str, now: datet
     )
     if changed(session, statement) != 1:
         return False
-    index_title_again(session, conversation_id)
+    titles.drop_copy(session, conversation_id)
+    titles.index_again(session, conversation_id)
     return True

@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session
 
 from models import Conversation, GenerationRecord
-from repositories import removal, retention
+from repositories import removal, retention, titles
 
 
 @dataclass
@@ -42,6 +42,7 @@ def take_out(session: Session, theirs: ColumnElement[bool], count: int) -> Taken
     taken.cache_keys = [key for _, _, key in found if key is not None]
     taken.conversations = remove_empty(session, threads)
     retention.remove_titles(session, sorted(begun), Conversation.id.in_(begun))
+    titles.remove_unclaimed(session, threads)
     return taken
 
 

@@ -1,4 +1,7 @@
-"""Taking records, or their texts, away: what was answered from the cache with them keeps them."""
+"""Taking records, or their texts, away, with what was made of them.
+
+What was answered from the cache with a text keeps it.
+"""
 
 from collections.abc import Collection, Sequence
 from datetime import datetime
@@ -7,7 +10,7 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, upd
 from sqlalchemy.orm import Session
 
 from models import GenerationRecord
-from repositories import records, search
+from repositories import records, search, titles
 
 
 def remove(session: Session, owner_id: str, record_id: int) -> bool:
@@ -17,7 +20,11 @@ def remove(session: Session, owner_id: str, record_id: int) -> bool:
 
 
 def remove_all(session: Session, record_ids: Sequence[int]) -> int:
-    """Delete records of whatever owner; answers from the cache that show them keep their texts."""
+    """Delete records of whatever owner; answers from the cache that show them keep their texts.
+
+    Titles that were made of them go with them.
+    """
+    titles.remove_made_of(session, record_ids)
     hand_over(session, record_ids)
     statement = delete(GenerationRecord).where(GenerationRecord.id.in_(record_ids))
     return records.changed(session, statement.execution_options(synchronize_session=False))
@@ -25,6 +32,7 @@ def remove_all(session: Session, record_ids: Sequence[int]) -> int:
 
 def remove_texts(session: Session, record_ids: Sequence[int], now: datetime) -> None:
     """Take their texts from records of whatever owner; the numbers stay."""
+    titles.remove_made_of(session, record_ids)
     hand_over(session, record_ids)
     record = GenerationRecord
     found = session.execute(select(record.id, record.parameters).where(record.id.in_(record_ids)))
@@ -77,6 +85,8 @@ def point(session: Session, which: ColumnElement[bool], at: int | None) -> None:
 
 def separate(session: Session, record: GenerationRecord) -> None:
     """Before a text is changed by hand: it is nobody else's, and no answer to anything any more."""
+    if record.conversation_id is not None:
+        titles.drop_copy(session, record.conversation_id, GenerationRecord.id == record.id)
     detach(record)
     hand_over(session, [record.id])
     record.cache_key = None

@@ -6,16 +6,13 @@ what is in progress.
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, not_, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, not_, or_, select
 from sqlalchemy.orm import Session
 
 from models import TERMINAL, Conversation, GenerationRecord, RecordBlock
-from repositories import conversations, records, removal
+from repositories import records, removal, titles
 from repositories.blocks import BITS
-
-TITLE_OF_NOTHING = "Text removed"
 
 LONGEST_RANGE = 1 << 18  # ids that one query may have to look through
 
@@ -108,16 +105,34 @@ def left_over(before: datetime, leaving: Condition | None = None) -> Condition:
     return and_(Conversation.updated_at < before, ~holds.exists())
 
 
-def has_old_title(before: datetime, since: datetime | None) -> Condition:
-    """A conversation whose texts are all removed, while it still has what was made of them."""
+def losing_title(of_records: datetime | None, of_texts: datetime | None) -> Condition:
+    """A conversation that stays, while that goes of which its title was made, or all its texts.
+
+    To be asked before that has gone.
+    """
+    ways, stays = [], []
+    if of_records is not None:
+        old = older(of_records)
+        ways.append(and_(Conversation.created_at < of_records, titles.made_of(old)))
+        stays.append(not_(left_over(of_records, old)))
+    if of_texts is not None:
+        old = has_old_text(of_texts, of_records)
+        ways.append(and_(Conversation.created_at < of_texts, titles.made_of(old)))
+        ways.append(without_texts(of_texts))
+    return and_(or_(*ways), *stays)
+
+
+def without_texts(before: datetime) -> Condition:
+    """A conversation of which no text stays, while it still has what was made of them."""
     keeps = select(GenerationRecord.id).where(
         GenerationRecord.conversation_id == Conversation.id,
         GenerationRecord.text_removed_at.is_(None),
         not_(older(before)),
     )
-    told = or_(Conversation.title != TITLE_OF_NOTHING, Conversation.initial_prompt.is_not(None))
-    condition = and_(Conversation.updated_at < before, told, ~keeps.exists())
-    return condition if since is None else and_(condition, not_(left_over(since, older(since))))
+    told = or_(
+        Conversation.title != titles.TITLE_OF_NOTHING, Conversation.initial_prompt.is_not(None)
+    )
+    return and_(Conversation.updated_at < before, told, ~keeps.exists())
 
 
 def conversation_ids(session: Session, condition: Condition, above: int, count: int) -> list[int]:
@@ -151,13 +166,5 @@ def remove_titles(session: Session, ids: Sequence[int], condition: Condition) ->
     found = list(
         session.scalars(select(Conversation.id).where(Conversation.id.in_(ids), condition))
     )
-    values: dict[str, Any] = {"title": TITLE_OF_NOTHING, "initial_prompt": None}
-    session.execute(
-        update(Conversation)
-        .where(Conversation.id.in_(found))
-        .values(title_pending=None, **values)
-        .execution_options(synchronize_session=False)
-    )
-    for conversation_id in found:
-        conversations.index_title_again(session, conversation_id)
+    titles.remove(session, found)
     return len(found)

@@ -25,7 +25,7 @@ from models import (
     MessageUpdate,
     Status,
 )
-from repositories import conversations, records
+from repositories import conversations, records, titles
 from services.accepting import TakenError
 from services.conversations import NO_MODEL, change_message, create, first_words, get
 from services.generation import Answer, GenerationService
@@ -258,5 +258,6 @@ def want_title(session: Session, conversation: Conversation, first: str) -> None
         return
     conversation.title = first_words(first) or conversation.title
     conversation.title_pending = True
+    conversation.initial_prompt = titles.OF_FIRST_MESSAGE
     session.flush()
-    conversations.index_title_again(session, conversation.id)
+    titles.index_again(session, conversation.id)

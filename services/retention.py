@@ -58,6 +58,8 @@ def count(database: Database, limits: Limits) -> Removed:
     """What a run would remove if nothing changed until then."""
     found = Removed()
     with database.sessions() as session:
+        titles = retention.losing_title(limits.records, limits.texts)
+        found.titles = retention.count_conversations(session, titles)
         if limits.records is not None:
             old = retention.older(limits.records)
             found.records = count_records(session, limits.records, old)
@@ -66,8 +68,6 @@ def count(database: Database, limits: Limits) -> Removed:
         if limits.texts is not None:
             texts = retention.has_old_text(limits.texts, limits.records)
             found.texts = count_records(session, limits.texts, texts)
-            titles = retention.has_old_title(limits.texts, limits.records)
-            found.titles = retention.count_conversations(session, titles)
     return found
 
 
@@ -118,6 +118,7 @@ class Retention:
             if not alone:
                 return None
             removed = Removed()
+            self.remove_titles(limits, removed)
             if limits.records is not None:
                 self.remove_records(limits.records, removed)
             if limits.texts is not None:
@@ -126,6 +127,14 @@ class Retention:
         if removed != Removed():
             event(log, logging.INFO, "removed what was kept long enough", **asdict(removed))
         return removed
+
+    def remove_titles(self, limits: Limits, removed: Removed) -> None:
+        """Before what they were made of: then it can be told which those are."""
+        titles = retention.losing_title(limits.records, limits.texts)
+        removed.titles = self.in_batches(
+            partial(retention.conversation_ids, condition=titles),
+            partial(retention.remove_titles, condition=titles),
+        )
 
     def remove_records(self, before: datetime, removed: Removed) -> None:
         """And the conversations that hold none any more."""
@@ -146,7 +155,6 @@ class Retention:
         )
 
     def remove_texts(self, before: datetime, since: datetime | None, removed: Removed) -> None:
-        """And the titles that were made of them."""
         old = retention.has_old_text(before, since)
         with self.database.sessions() as session:
             blocks = retention.old_blocks(session, before)
@@ -159,11 +167,6 @@ class Retention:
                     partial(retention.record_ids, ids=ids, condition=condition),
                     partial(retention.remove_texts, condition=condition, now=datetime.now(UTC)),
                 )
-        titles = retention.has_old_title(before, since)
-        removed.titles += self.in_batches(
-            partial(retention.conversation_ids, condition=titles),
-            partial(retention.remove_titles, condition=titles),
-        )
         if not self.stopping.is_set():
             self.without_texts |= done
 

@@ -16,6 +16,7 @@ from database import Database, transaction
 from errors import NotFoundError
 from models import GenerationRecord
 from repositories import conversations
+from repositories.titles import OF_FIRST_MESSAGE
 from services import conversations as service
 from tests.service import in_process, ready, sessions_of
 from tests.sse import events, text_of
@@ -313,7 +314,9 @@ def test_a_conversation_begun_without_a_title_gets_one_from_its_first_message(
         assert titled is not None
         assert titled.title not in ("", conversation["title"])
         assert titled.title_pending is None
-        assert titled.initial_prompt is None  # the text is kept once: it goes with its message
+        assert (
+            titled.initial_prompt == OF_FIRST_MESSAGE
+        )  # the text is kept once: it goes with its message
 
 
 def test_a_clients_own_title_stays_whatever_it_is(client: TestClient) -> None:
