@@ -7,6 +7,7 @@ needs in ``sqlite_file.py``.
 
 import contextlib
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -179,24 +180,30 @@ class Database:
                     holder.execute(text(give), key)
 
     def truncate_log(self) -> bool:
-        """Empty a SQLite file's write-ahead log; False when readers did not let it in time."""
+        """Empty a SQLite file's write-ahead log; False when readers did not let it in time.
+
+        Raises StorageUnavailableError.
+        """
         if self.write_lock is None:
             return True
         deadline = time.monotonic() + self.write_lock.timeout
         while time.monotonic() < deadline:
-            with self.write_lock.hold():
+            with self.write_lock.hold(), refused():
                 if truncate_log(self.write_lock.file):
                     return True
             time.sleep(0.05)
         return False
 
     def vacuum(self, most_bytes: int | None) -> bool:
-        """Write a SQLite file anew, unless it is larger; nobody else writes meanwhile."""
+        """Write a SQLite file anew, unless it is larger; nobody else writes meanwhile.
+
+        Raises StorageUnavailableError.
+        """
         if self.write_lock is None:
             return True
         if most_bytes is not None and self.write_lock.file.stat().st_size > most_bytes:
             return False
-        with self.write_lock.hold():
+        with self.write_lock.hold(), refused():
             vacuum(self.write_lock.file)
         return True
 
@@ -248,6 +255,16 @@ def transaction(session: Session) -> Iterator[None]:
         except BaseException:
             session.rollback()
             raise
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What SQLite itself refuses of a write: a full disk, say. Raises StorageUnavailableError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        event_log(log, logging.ERROR, "database refused a write", error=kind(error))
+        raise StorageUnavailableError from error
 
 
 def release(session: Session) -> None:

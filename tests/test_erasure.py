@@ -1,7 +1,10 @@
 """A person who is erased is in no row, no index and, on SQLite, in no byte of a file."""
 
+import resource
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,30 @@ def test_a_large_file_is_left_to_the_operator_and_the_answer_says_so(tmp_path: P
     assert erasure.erase(database, OWNER, "anna", most_bytes=0) == Erased(1, 0, cleared=False)
     assert erasure.erase(database, OWNER, "anna") == Erased(0, 0, cleared=True)
     database.close()
+
+
+def test_a_full_disk_is_503_and_to_ask_again_goes_on(tmp_path: Path) -> None:
+    with in_process(DATABASE_URL=f"sqlite:///{tmp_path / 'records.db'}") as client:
+        ready(client)
+        with sessions_of(client)() as session:
+            insert(session, user_id="anna", prompt=CANARY * 1000)
+            for _ in range(20):
+                insert(session, user_id="bert", prompt="something " * 10_000)
+        assert client.app.state.database.truncate_log()  # type: ignore[attr-defined]
+        with files_no_larger_than(1 << 20):  # the deletions' log has room, the file anew has not
+            answer = client.delete("/users/anna")
+            assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
+        assert client.delete("/users/anna").json()["cleared"] is True
+        assert files_with(tmp_path, CANARY) == []
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """For this process; what writes on meets what a full disk would say."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
 def test_redis_points_at_nothing_of_an_erased_person(tmp_path: Path) -> None:
