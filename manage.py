@@ -266,7 +266,12 @@ def erase(
 
 @app.command()
 def check() -> None:
-    """Look the database over. Damage, indexes, links, records left open: status 1 if any."""
+    """Look the database over. Damage, what is missing or cannot be read, what neither its words nor
+    its time lead to, lost links, records left open: status 1 if any.
+
+    Every row is read. On SQLite nobody writes while the search index is looked at: some three
+    seconds for a million records.
+    """
     wrong = 0
     with opened() as database:
         for name, found in inspection.problems(database):

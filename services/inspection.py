@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Iterator
+from itertools import chain
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Table
+from sqlalchemy.exc import SQLAlchemyError
 
-from database import Database, kind
+from database import Database, kind, transaction
+from errors import StorageUnavailableError
 from models import Lease
 from repositories import checks, leases
 from services.leases import BEAT_SECONDS, SILENT_BEATS, is_gone, this_machine
@@ -16,8 +19,10 @@ def problems(database: Database) -> Iterator[tuple[str, list[str]]]:
     for name, look in LOOKS.items():
         try:
             yield name, look(database)
-        except DBAPIError as error:
+        except SQLAlchemyError as error:
             yield name, [f"it cannot be read ({kind(error)})"]
+        except StorageUnavailableError:
+            yield name, ["others wrote for too long to look at it"]
 
 
 def damage(database: Database) -> list[str]:
@@ -25,9 +30,46 @@ def damage(database: Database) -> list[str]:
         return checks.damage(session)
 
 
-def indexes(database: Database) -> list[str]:
+def parts(database: Database) -> list[str]:
     with database.sessions() as session:
-        return checks.missing_indexes(session)
+        return checks.missing_parts(session)
+
+
+def rows(database: Database) -> list[str]:
+    """Servers keep to the types of columns by themselves."""
+    if database.file is None:
+        return []
+    return [line for one in checks.numbered() for line in unreadable(database, one)]
+
+
+def unreadable(database: Database, one: Table) -> list[str]:
+    """Rows by their numbers: what is in them is nobody's business."""
+    ids: list[int] = []
+    after: int | None = -1
+    while after is not None:
+        with database.sessions() as session:  # one for all would keep the log from being emptied
+            broken, after = checks.unreadable(session, one, after)
+        ids += broken[: checks.MOST_NAMED - len(ids)]
+    return [f"row {id} of {one.name} cannot be read" for id in ids]
+
+
+def times(database: Database) -> list[str]:
+    with database.sessions() as session:
+        return counted(checks.unfound_by_time(session), "records are not found by their times")
+
+
+def search_index(database: Database) -> list[str]:
+    with database.sessions() as session:
+        found = checks.unfound_by_words(session)
+    lines = [counted(count, f"{what} are not found by a search") for what, count in found.items()]
+    with database.sessions() as session, transaction(session):
+        return [*chain.from_iterable(lines), *checks.search_damage(session)]
+
+
+def sums(database: Database) -> list[str]:
+    with database.sessions() as session:
+        lost = not checks.can_add_up(session)
+    return ["the row is missing that is held to add to them"] if lost else []
 
 
 def links(database: Database) -> list[str]:
@@ -50,8 +92,12 @@ def open_records(database: Database) -> list[str]:
 
 LOOKS = {
     "the database's own check": damage,
-    "indexes": indexes,
+    "tables, indexes and triggers": parts,
+    "rows": rows,
     "links": links,
+    "times": times,
+    "search index": search_index,
+    "sums": sums,
     "states": states,
     "open records": open_records,
 }

@@ -99,7 +99,7 @@ def test_smaller_rows_go_down_and_up_again_as_they_were(
         assert insert(session) > last
         conversations.delete(session, OWNER, thread)
         assert not set(ids_of(session, "once")) & set(made)
-        assert checks.damage(session) == checks.missing_indexes(session) == []
+        assert checks.damage(session) == checks.missing_parts(session) == []
 
 
 def everything(database: Database) -> Any:
