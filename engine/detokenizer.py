@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"  # what half a character is decoded to, and NUL
 CONTEXT = 8  # tokens decoded again before the new ones: a token's text may depend on the last few
+LONGEST_CHARACTER = 4  # bytes, and so tokens
 
 
 class Detokenizer:
@@ -16,7 +17,9 @@ class Detokenizer:
 
     ``text`` is decode(prompt + output) less decode(prompt), as far as it is made of whole
     characters, and cut before the first stop string, at which ``stopped`` becomes true.
-    ``shown`` is its part that no later token can take back.
+    ``shown`` is its part that no later token can take back. Where a tokenizer falls back to bytes,
+    one that fits nowhere spoils all its neighbours when they are decoded together; here it spoils
+    none that came before it, however the tokens were pushed.
     """
 
     def __init__(
@@ -24,8 +27,7 @@ class Detokenizer:
     ) -> None:
         self.decode = decode
         self.stop = [string for string in stop if string]
-        self.window = list(prompt_ids[-CONTEXT:])
-        self.known = decode(self.window)
+        self.window, self.known = tail(decode, list(prompt_ids))
         self.read = len(self.window)  # how many of the window's ids are in the text
         self.text = ""
         self.pushed = 0
@@ -37,10 +39,13 @@ class Detokenizer:
         self.pushed += len(ids)
         if self.stopped or not ids:
             return
-        self.window += ids
-        decoded = self.decode(self.window)
-        if not decoded.endswith(UNFINISHED):
+        decoded = self.decode([*self.window, *ids])
+        if UNFINISHED not in decoded:
+            self.window += ids
             self._take(decoded)
+            return
+        for token in ids:
+            self._push_one(token)
 
     def finish(self) -> None:
         """No more tokens: an unfinished character stays one."""
@@ -56,13 +61,23 @@ class Detokenizer:
             return self.text
         return self.text[: len(self.text) - self._could_be_stop()]
 
+    def _push_one(self, token: int) -> None:
+        self.window.append(token)
+        decoded = self.decode(self.window)
+        if not self.stopped and not decoded.endswith(UNFINISHED):
+            self._take(decoded)
+
     def _take(self, decoded: str) -> None:
         before = len(self.text)
-        self.text += decoded[len(self.known) :]
-        self.window = self.window[-CONTEXT:]
-        self.known = self.decode(self.window)
+        self.text += self._new(decoded)
+        self.window, self.known = tail(self.decode, self.window)
         self.read = len(self.window)
         self._cut(before)
+
+    def _new(self, decoded: str) -> str:
+        if decoded.startswith(self.known) or self.known.endswith(UNFINISHED):
+            return decoded[len(self.known) :]
+        return self.decode(self.window[self.read :])  # the others were spoilt
 
     def _cut(self, before: int) -> None:
         longest = max(map(len, self.stop), default=0)
@@ -80,3 +95,13 @@ class Detokenizer:
             if any(string.startswith(end) for string in self.stop):
                 return length
         return 0
+
+
+def tail(decode: Callable[[list[int]], str], ids: list[int]) -> tuple[list[int], str]:
+    """The last few ids and their text, which begins with a whole character if one can be found:
+    where bytes are tokens, half a character would spoil those after it."""
+    for size in range(CONTEXT, CONTEXT + LONGEST_CHARACTER):
+        text = decode(ids[-size:])
+        if not text.startswith(UNFINISHED):
+            break
+    return ids[-size:], text
