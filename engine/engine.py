@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -358,7 +359,9 @@ def step_back() -> None:
     """Let this thread, and those that it will make, give way to the others of the process.
 
     Who computes is always ready to run; who answers a request has little to do and is waited for.
-    Linux alone has priorities of threads.
+    Linux alone has priorities of threads. What an operator gave the process less of stays so.
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        me = threading.get_native_id()
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, me, max(NICE, os.getpriority(os.PRIO_PROCESS, me)))

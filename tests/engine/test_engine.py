@@ -1,6 +1,8 @@
 """The engine as its callers see it, on the real model."""
 
+import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.engine import (
+    NICE,
     Engine,
     EngineFullError,
     EngineStoppedError,
@@ -254,6 +257,40 @@ def test_closing_ends_everything_and_refuses_what_comes_later(loaded: LoadedMode
     with pytest.raises(EngineStoppedError):
         engine.admit([1], LONG)
     engine.close(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities here")
+@pytest.mark.parametrize("lowered", [0, NICE + 3])
+def test_the_worker_gives_way_and_takes_no_more_than_the_operator_gave(
+    loaded: LoadedModel, lowered: int
+) -> None:
+    before = min(19, os.getpriority(os.PRIO_PROCESS, 0) + lowered)
+    found: list[int] = []
+
+    def build() -> None:  # a new thread has the priority of the one that made it
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), before)
+        engine = Engine(loaded)
+        assert engine._worker.native_id is not None
+        found.append(os.getpriority(os.PRIO_PROCESS, engine._worker.native_id))
+        engine.close(10)
+
+    builder = threading.Thread(target=build)
+    builder.start()
+    builder.join(60)
+    assert found == [max(NICE, before)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities here")
+def test_it_runs_where_priorities_may_not_be_changed(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    engine = Engine(loaded)
+    assert run(engine, "The", greedy(2)).result(10).token_ids
+    engine.close(10)
 
 
 class Sabotaged:
