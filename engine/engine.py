@@ -295,8 +295,19 @@ class Engine:
             if token is None:
                 self.runner.free(sequence, tainted=True)
             if not sequence.ended:
-                outputs.append(self._extend(self._generations[sequence], token))
+                outputs.append(self._extend_or_fail(self._generations[sequence], token))
         return outputs
+
+    def _extend_or_fail(self, generation: Generation, token: int | None) -> StepOutput:
+        """Looking for a stop string decodes, and a tokenizer may know no text for a token."""
+        ids = generation.sequence.output_ids
+        before = len(ids)
+        try:
+            return self._extend(generation, token)
+        except Exception as error:
+            log.debug("a token could not be added", exc_info=True)
+            del ids[before:]
+            return self._failed(generation, type(error).__name__)
 
     def _extend(self, generation: Generation, token: int | None) -> StepOutput:
         sequence = generation.sequence
@@ -314,9 +325,9 @@ class Engine:
         return StepOutput(generation, (token,), None)
 
     def _fail(self, sequence: Running, why: str) -> StepOutput | None:
-        if sequence.ended:
-            return None
-        generation = self._generations[sequence]
+        return None if sequence.ended else self._failed(self._generations[sequence], why)
+
+    def _failed(self, generation: Generation, why: str) -> StepOutput:
         generation.error = GenerationError(f"the model failed on this generation ({why})")
         return self._end(generation, Status.FAILED, FinishReason.ERROR)
 

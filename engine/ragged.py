@@ -6,6 +6,7 @@ by arena, prompt chunks one by one. Everything is arranged so that a row's bits 
 the others: see docs/decisions/0002-reproducible-batches.md. Knows no architecture, no sampling.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
@@ -29,6 +30,8 @@ from engine.linear import (
 from engine.prefix_store import PrefixStore
 from engine.scheduler import CHUNK, Chunk, Plan
 from engine.sequence import Sequence, Status
+
+log = logging.getLogger(__name__)
 
 # Of a column of query positions and a row of key positions: who may look at whom.
 Visible = Callable[[Tensor, Tensor], Tensor]
@@ -167,7 +170,7 @@ class RaggedRunner:
     def free(self, sequence: Sequence, *, tainted: bool = False) -> None:
         stage = self.stages.pop(sequence, None)
         if stage is not None and sequence.status is Status.FINISHED:  # with its first token
-            self.prefixes.keep(sequence.prompt_ids, stage)
+            self._keep(sequence, stage)
         self.reused.pop(sequence, None)
         self.cache.free(sequence, tainted=tainted)
 
@@ -279,7 +282,13 @@ class RaggedRunner:
         stage = self.stages[sequence]
         self.cache.insert(sequence, stage[0], stage[1])
         del self.stages[sequence]
-        self.prefixes.keep(sequence.prompt_ids, stage)
+        self._keep(sequence, stage)
+
+    def _keep(self, sequence: Sequence, stage: Tensor) -> None:
+        try:
+            self.prefixes.keep(sequence.prompt_ids, stage)
+        except RuntimeError as error:  # out of memory: later prompts are computed anew, no more
+            log.warning("a prompt was not kept for later ones (%s)", type(error).__name__)
 
     def _group(self, arena: Arena, first: int, at: int, positions: list[int]) -> DecodeGroup:
         heads, count = self.shape.heads, len(positions)

@@ -22,10 +22,11 @@ from engine.engine import (
     StepOutput,
 )
 from engine.loading import LoadedModel
+from engine.prefix_store import PrefixStore
 from engine.sampling import Completion, FinishReason, SamplingParams
 from engine.scheduler import Plan
 from engine.sequence import Sequence
-from tests.engine.conftest import greedy, mixed_prompts
+from tests.engine.conftest import greedy, made, mixed_prompts
 
 LONG = SamplingParams(900, seed=1, temperature=1.0, top_k=0)
 
@@ -377,6 +378,52 @@ def test_a_step_that_raised_after_a_long_prompt_costs_the_others_nothing(
     assert all(torch.equal(chunk, clean_store.chunks[key]) for key, chunk in store.chunks.items())
     for each in (clean, engine):
         each.close(10)
+
+
+class KnowsFewTokens(LoadedModel):
+    """A tokenizer that has no text for some of the model's ids, as slow ones may have none."""
+
+    def decode(self, ids: list[int]) -> str:
+        if max(ids) > 4000:
+            raise IndexError("piece id is out of range")
+        return super().decode(ids)
+
+
+def test_one_whose_token_has_no_text_fails_alone(loaded: LoadedModel) -> None:
+    engine = Engine(KnowsFewTokens(**vars(loaded)))
+    other = run(engine, "The", LONG)
+    params = SamplingParams(900, seed=1, temperature=3.0, top_k=0, stop=("no such text",))
+    failing = run(engine, "The", params)
+    with pytest.raises(GenerationError, match="IndexError"):
+        failing.result(30)
+    assert failing.snapshot().text == engine.loaded.decode(list(failing.snapshot().token_ids))
+    wait_until(lambda: len(other.snapshot().token_ids) > 50)
+    assert engine.healthy
+    other.cancel()
+    wait_until(lambda: empty(engine))
+    engine.close(10)
+
+
+@pytest.mark.parametrize("new", [1, 9])  # kept when it ends, or when it decodes first
+def test_a_prompt_that_cannot_be_kept_for_later_ones_costs_nobody_anything(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, new: int
+) -> None:
+    refused: list[bool] = []
+
+    def no_room(*_: object) -> None:
+        refused.append(True)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    prompt = engine.loaded.decode(list(made(130, 1).prompt_ids))
+    expected = run(engine, prompt, greedy(new)).result(30)
+    store: PrefixStore = engine.runner.prefixes  # type: ignore[attr-defined]
+    wait_until(lambda: store.chunks)
+    store.chunks.clear()
+    monkeypatch.setattr(store, "keep", no_room)
+    assert run(engine, prompt, greedy(new)).result(30) == expected
+    wait_until(lambda: refused)
+    assert run(engine, prompt, greedy(new)).result(30) == expected
+    assert engine.healthy
 
 
 def test_a_worker_that_dies_tells_everybody_at_once(
