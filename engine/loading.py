@@ -5,6 +5,7 @@ from safetensors alone, no code from the hub, ever.
 """
 
 import hashlib
+import json
 import logging
 import threading
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from engine.sampling import SamplingDefaults
 log = logging.getLogger(__name__)
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "weights" / "tiny-gpt2"
+WEIGHTS = "model.safetensors"
 HUB_PATIENCE_SECONDS = 4.0
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 UNBOUNDED_CONTEXT = 2048  # for an architecture that names no limit of its own
@@ -158,7 +160,9 @@ def find_named_model(name: str) -> tuple[str, Path]:
     folder = folder_of(name)
     if folder.is_dir():
         if not has_weights(folder):
-            raise ModelUnavailableError(f"MODEL={name}: the folder holds no safetensors weights")
+            raise ModelUnavailableError(
+                f"MODEL={name}: the folder holds no safetensors weights, or not all"
+            )
         return called(name), folder
     if is_path(name):
         raise ModelUnavailableError(f"MODEL={name}: there is no such folder")
@@ -216,7 +220,20 @@ def hub_answers(hub_id: str) -> bool:
 
 
 def has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) and (folder / "config.json").is_file()
+    """Whether all of them are there: a download that was killed half way leaves some."""
+    names = {"config.json", *weight_files(folder)}
+    return all((folder / name).is_file() for name in names)
+
+
+def weight_files(folder: Path) -> set[str]:
+    """What Transformers reads: one file, or those that an index names."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return {WEIGHTS}
+    try:
+        return {*json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError):  # written half
+        return {WEIGHTS}
 
 
 def choose_device(device: str) -> str:
