@@ -19,7 +19,8 @@ from engine.scheduler import CHUNK
 
 
 class PrefixStore:
-    """At most ``budget`` bytes; what was used longest ago goes first."""
+    """At most ``budget`` bytes; what was used longest ago goes first, and of one prompt its end:
+    nothing finds a chunk whose beginning is gone."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -35,28 +36,44 @@ class PrefixStore:
         for key, stop in keys(prompt_ids):
             if stop == len(prompt_ids) or key not in self.chunks:
                 break
-            self.chunks.move_to_end(key)
-            found.append(self.chunks[key])
-        return found
+            found.append(key)
+        self._touch(found)
+        return [self.chunks[key] for key in found]
 
     def keep(self, prompt_ids: Sequence[int], computed: Tensor) -> None:
-        """Take the whole chunks of a prompt's [2, layers, heads, tokens, width]."""
+        """Take the whole chunks of a prompt's [2, layers, heads, tokens, width], from the first on
+        as far as the budget goes."""
+        kept: list[bytes] = []
         for key, stop in keys(prompt_ids):
-            if key in self.chunks:
-                self.chunks.move_to_end(key)
-                continue
-            chunk = computed[..., stop - CHUNK : stop, :].clone()
-            size = chunk.numel() * chunk.element_size()
-            if size > self.budget or not bool(torch.isfinite(chunk).all()):
-                return
-            self.chunks[key] = chunk
-            self.bytes += size
+            chunk = computed[..., stop - CHUNK : stop, :]
+            if size_of(chunk) * (len(kept) + 1) > self.budget:
+                break
+            if key not in self.chunks and not self._add(key, chunk):
+                break
+            kept.append(key)
+            self.chunks.move_to_end(key)  # or what is added next could push it out
             self._evict()
+        self._touch(kept)
+
+    def _add(self, key: bytes, chunk: Tensor) -> bool:
+        if not bool(torch.isfinite(chunk).all()):
+            return False
+        self.chunks[key] = chunk.clone()
+        self.bytes += size_of(chunk)
+        return True
+
+    def _touch(self, prompt: list[bytes]) -> None:
+        for key in reversed(prompt):
+            self.chunks.move_to_end(key)
 
     def _evict(self) -> None:
         while self.bytes > self.budget:
             _, oldest = self.chunks.popitem(last=False)
-            self.bytes -= oldest.numel() * oldest.element_size()
+            self.bytes -= size_of(oldest)
+
+
+def size_of(chunk: Tensor) -> int:
+    return chunk.numel() * chunk.element_size()
 
 
 def keys(prompt_ids: Sequence[int]) -> Iterator[tuple[bytes, int]]:

@@ -91,6 +91,26 @@ def test_the_store_keeps_within_its_budget_and_drops_what_was_used_longest_ago()
     assert len(store.find([*first, 1])) == 4
 
 
+def test_of_a_prompt_its_end_goes_first() -> None:
+    first, second = list(range(4 * CHUNK)), list(range(1000, 1000 + 2 * CHUNK))
+    store = PrefixStore(4 * CHUNK_BYTES)
+    store.keep(first, computed())
+    store.keep(second, computed()[..., : 2 * CHUNK, :])
+    assert len(store.find([*second, 1])) == 2
+    assert len(store.find([*first, 1])) == 2  # and what is found is used, so that second's end goes
+    store.keep([9] * CHUNK, computed())
+    assert (len(store.find([*first, 1])), len(store.find([*second, 1]))) == (2, 1)
+
+
+def test_of_a_prompt_larger_than_the_store_the_beginning_is_kept() -> None:
+    ids = list(range(4 * CHUNK))
+    store = PrefixStore(3 * CHUNK_BYTES + 1)
+    for _ in range(2):
+        store.keep(ids, computed())
+        assert store.bytes == 3 * CHUNK_BYTES
+        assert len(store.find([*ids, 1])) == 3
+
+
 def test_what_is_not_finite_is_not_kept() -> None:
     store = PrefixStore(1 << 20)
     broken = computed()
