@@ -207,10 +207,9 @@ def product_of(module: Any) -> Linear:
 
 
 def pack(module: Any) -> Linear:
-    """The product of a linear module, which computes it from now on where it could be packed; its
-    own weights are then given up."""
+    """The product of a linear module, which computes it from now on, in calls of as many rows as
+    are safe; its own weights are given up."""
     product = product_of(module)
-    if product.packed:
-        module.forward = product.on_any_shape
-        module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
+    module.forward = product.on_any_shape
+    module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
     return product

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from engine.engine import Engine, Generation, GenerationError
 from engine.generic_runner import GenericRunner
-from engine.linear import can_pack
 from engine.loading import LoadedModel
 from engine.packed_runner import PackedRunner
 from engine.row_model import UnsuitedError
 from engine.sampling import SamplingParams
-from engine.scheduler import Chunk, Plan
+from engine.scheduler import CHUNK, Chunk, Plan
 from engine.sequence import Status
 from tests.engine.architectures import ONE_BY_ONE, PACKED, random_model
 from tests.engine.conftest import (
@@ -205,11 +205,38 @@ def test_the_model_stays_as_it_was_for_whoever_else_calls_it() -> None:
     torch.testing.assert_close(model(ids).logits, before, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.skipif(
-    not can_pack(torch.device("cpu"), torch.float32), reason="torch packs no weights here"
-)
-def test_packed_weights_are_not_kept_twice() -> None:
+@pytest.mark.parametrize("packs", [True, False])
+def test_weights_are_not_kept_twice(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packs:
+        monkeypatch.setattr("engine.linear.can_pack", lambda *_: False)
     model = random_model(PACKED["llama"])
     PackedRunner(model, limits(256))
     kept = {name for name, weight in model.named_parameters() if weight.dim() > 1}
     assert kept == {"model.embed_tokens.weight"}
+
+
+@torch.inference_mode()
+def test_where_nothing_is_packed_no_call_has_more_rows_than_were_measured_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = F.linear
+
+    def sums_otherwise_for_many_rows(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if x.numel() <= 100 * x.shape[-1]:
+            return plain(x, weight, bias)
+        return plain(x.flip(-1), weight.flip(-1), bias)
+
+    monkeypatch.setattr("engine.linear.can_pack", lambda *_: False)
+    monkeypatch.setattr(F, "linear", sums_otherwise_for_many_rows)
+    runner = PackedRunner(random_model(PACKED["llama"]), limits(256))
+    company = [made(5 + i, i) for i in range(30)]
+    for sequence in company:
+        prefilled(runner, sequence)
+        sequence.output_ids.append(3)
+    chunks = tuple(Chunk(made(CHUNK, 50 + i), 0, CHUNK) for i in range(2))
+    plan = Plan(tuple(company), chunks)
+    assert runner.reproducible
+    together = runner.forward(plan)
+    assert torch.equal(together, torch.cat([runner.forward(part) for part in plan.apart()]))
