@@ -248,9 +248,11 @@ class Engine:
 
     def _next_plan(self) -> Plan | None:
         """Wait for work; None when the engine is closed."""
-        with self._lock:
-            while True:
-                self._free_ended()
+        while True:
+            self._free_ended()
+            with self._lock:
+                if self._to_free:
+                    continue
                 if self._closing:
                     return None
                 if self.scheduler.has_work:
@@ -271,12 +273,16 @@ class Engine:
         """Run the step. If it raises, run each sequence alone: only who raises again has failed."""
         try:
             return Outcome(self._tokens(plan), {})
+        except torch.AcceleratorError:  # of the device, which computes nothing any more after one
+            raise
         except Exception as error:
             log.warning("a step raised %s: running its sequences one by one", type(error).__name__)
         outcome = Outcome({}, {})
         for alone in plan.apart():
             try:
                 outcome.tokens.update(self._tokens(alone))
+            except torch.AcceleratorError:
+                raise
             except Exception as error:
                 log.debug("a sequence raised alone", exc_info=True)
                 outcome.errors[alone.sequences[0]] = error
@@ -342,9 +348,11 @@ class Engine:
         return StepOutput(generation, tokens, reason)
 
     def _free_ended(self) -> None:
-        for sequence in self._to_free:
+        """Without the lock: keeping a prompt for later ones may wait for the device."""
+        with self._lock:
+            ended, self._to_free = self._to_free, []
+        for sequence in ended:
             self.runner.free(sequence)
-        self._to_free.clear()
 
     def _publish(self, outputs: list[StepOutput]) -> None:
         for output in outputs:

@@ -450,6 +450,43 @@ def test_a_worker_that_dies_tells_everybody_at_once(
     assert engine.failure == "the inference worker died (MemoryError)"
 
 
+def test_it_stops_when_its_device_is_lost(engine: Engine) -> None:
+    def lost(plan: Plan, logits: Tensor) -> Tensor:
+        if len(plan.sequences) > 1:
+            raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")  # what a library makes of it
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    generations = [run(engine, p, LONG) for p in mixed_prompts(3)]
+    wait_until(lambda: engine.running == 3)
+    engine.runner = Sabotaged(engine.runner, lost)
+    for generation in generations:
+        with pytest.raises(EngineStoppedError, match="AcceleratorError"):
+            generation.result(5)
+    assert not engine.healthy
+
+
+def test_callers_are_not_held_up_while_a_finished_ones_memory_is_freed(engine: Engine) -> None:
+    reached, release = threading.Event(), threading.Event()
+
+    class SlowToFree(Sabotaged):
+        def free(self, sequence: Sequence, *, tainted: bool = False) -> None:
+            reached.set()
+            release.wait(20)
+            self.runner.free(sequence, tainted=tainted)
+
+    engine.runner = SlowToFree(engine.runner, lambda plan, logits: logits)
+    run(engine, "The", greedy(2))
+    assert reached.wait(20)
+    admitting = threading.Thread(target=lambda: engine.admit([1], greedy(2)).cancel())
+    admitting.start()
+    admitting.join(5)
+    held_up = admitting.is_alive()
+    release.set()
+    admitting.join(20)
+    assert not held_up
+    wait_until(lambda: empty(engine))
+
+
 def test_a_watchdog_sees_how_long_the_step_has_been_running(engine: Engine) -> None:
     release = threading.Event()
 
