@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -227,10 +228,14 @@ def test_what_the_model_cannot_run_is_refused(engine: Engine) -> None:
     assert empty(engine)
 
 
-def test_the_whole_context_can_be_used(engine: Engine) -> None:
+def test_the_whole_context_can_be_used(loaded: LoadedModel) -> None:
+    engine = Engine(replace(loaded, end_ids=frozenset()))
     generation = engine.admit([9] * 1000, greedy(24))
     generation.start()
-    assert generation.result(60).finish_reason in {FinishReason.LENGTH, FinishReason.STOP}
+    completion = generation.result(60)
+    assert completion.finish_reason is FinishReason.LENGTH
+    assert len(completion.token_ids) == 24
+    engine.close(10)
 
 
 def test_waiting_without_starting_is_a_mistake_and_waiting_too_long_a_timeout(

@@ -7,7 +7,6 @@ from torch import Tensor
 from engine.gpt2_runner import GPT2Runner
 from engine.loading import LoadedModel
 from engine.ragged import Limits
-from engine.sampling import SamplingParams
 from engine.scheduler import CHUNK, Chunk, Plan
 from engine.sequence import Sequence, Status
 from tests.engine.conftest import (
@@ -138,20 +137,26 @@ def test_a_prompt_whose_first_token_is_its_last_is_kept_if_it_is_sound(
 @torch.inference_mode()
 def test_nan_in_one_sequence_reaches_neither_its_neighbours_nor_its_successor() -> None:
     model = random_gpt2()
-    clean = runner_of(model)
-    sequences = [made(10, i, 299) for i in range(3)]
-    expected = [prefilled(clean, s) for s in sequences]
-    runner = runner_of(model)
-    model.transformer.wte.weight[299] = torch.nan
-    sick = Sequence((5, 299, 6), SamplingParams(9, seed=0))
-    assert prefilled(runner, sick).isnan().all()
-    assert torch.equal(prefilled(runner, sequences[0]), expected[0])
-    runner.free(sick, tainted=True)
-    for sequence in sequences[1:]:
-        prefilled(runner, sequence)
-    for sequence in sequences:
+    clean, runner = runner_of(model), runner_of(model)
+    neighbour, sick, successor = made(12, 1, 299), made(12, 2, 299), made(6, 3, 299)
+    expected = []
+    for sequence in (neighbour, successor):
+        prefilled(clean, sequence)
         sequence.output_ids.append(1)
-    assert runner.forward(Plan(tuple(sequences), ())).isfinite()[:, :299].all()
+        expected.append(clean.forward(Plan((sequence,), ()))[0, :299])
+    prefilled(runner, neighbour)
+    prefilled(runner, sick)
+    sick.output_ids.append(299)  # a chosen token: what it makes lies where decoding reads
+    model.transformer.wte.weight[299] = torch.nan
+    logits = runner.forward(Plan((neighbour, sick), ()))[:, :299]
+    assert torch.equal(logits[0], expected[0])
+    assert logits[1].isnan().all()
+    _, row = runner.cache.places[sick]
+    runner.free(sick, tainted=True)
+    prefilled(runner, successor)
+    logits = runner.forward(Plan((neighbour, successor), ()))[:, :299]
+    assert runner.cache.places[successor][1] == row
+    assert torch.equal(logits, torch.stack(expected))
 
 
 def test_gpt2_with_options_that_it_does_not_compute_is_left_to_the_generic_runner() -> None:

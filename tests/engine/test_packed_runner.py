@@ -117,17 +117,44 @@ def test_cancelled_ones_leave_no_slot_and_do_not_change_the_others(engine: Engin
     wait_until_empty(engine)
 
 
-def test_one_whose_numbers_are_not_finite_fails_alone(engine: Engine) -> None:
+class ChoosesFatal:
+    """A real runner after which one prompt's second token is the given one."""
+
+    def __init__(self, runner: Any, prompt: list[int], token: int) -> None:
+        self.runner, self.prompt, self.token = runner, tuple(prompt), token
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
+
+    def forward(self, plan: Plan) -> torch.Tensor:
+        logits: torch.Tensor = self.runner.forward(plan)
+        for row, sequence in enumerate(plan.sampled):
+            if sequence.prompt_ids == self.prompt and len(sequence.output_ids) == 1:
+                logits[row, self.token] = 1e6
+        return logits
+
+
+def test_one_whose_numbers_are_not_finite_fails_alone_and_leaves_nothing(engine: Engine) -> None:
     prompts = [engine.loaded.encode(p) for p in mixed_prompts(6)]
     expected = [run(engine, p, greedy(12)).result(30) for p in prompts]
-    engine.loaded.model.model.embed_tokens.weight.data[4095] = torch.nan
+    fatal = 4095
+    ill, sound = list(made(40, 1).prompt_ids), list(made(35, 2).prompt_ids)  # of one arena
+    successor = run(engine, sound, greedy(4)).result(30)
+    wait_until_empty(engine)
+    engine.loaded.model.model.embed_tokens.weight.data[fatal] = torch.nan
+    engine.runner = ChoosesFatal(engine.runner, ill, fatal)
     crowd = [run(engine, p, greedy(12)) for p in prompts[:3]]
-    sick = run(engine, [5, 4095, 6], greedy(12))
+    sick = run(engine, ill, greedy(12))
     crowd += [run(engine, p, greedy(12)) for p in prompts[3:]]
     with pytest.raises(GenerationError):
         sick.result(30)
+    assert sick.snapshot().token_ids[-1] == fatal
     assert [generation.result(30) for generation in crowd] == expected
     wait_until_empty(engine)
+    with pytest.raises(GenerationError):
+        run(engine, ill, greedy(12)).result(30)
+    wait_until_empty(engine)
+    assert run(engine, sound, greedy(4)).result(30) == successor  # in its row
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
