@@ -71,7 +71,8 @@ class Outcome:
 class Engine:
     """``max_running`` sequences share a step, ``max_waiting`` more wait their turn, and those that
     run may together grow to ``kv_tokens`` tokens (or one to the model's whole context). Keys and
-    values of earlier prompts take ``prefix_bytes`` bytes at most."""
+    values of earlier prompts take ``prefix_bytes`` bytes at most. Raises EngineStoppedError, with
+    the reason, where the model cannot be run."""
 
     def __init__(
         self,
@@ -242,9 +243,17 @@ class Engine:
                 self._step(plan)
         except BaseException as error:
             log.exception("the inference worker died")
-            self._die(f"the inference worker died ({type(error).__name__})")
+            self._die(self._reason(error))
         finally:
             self._built.set()
+
+    def _reason(self, error: BaseException) -> str:
+        kind = type(error).__name__
+        if self._built.is_set():
+            return f"the inference worker died ({kind})"
+        # Nobody has asked for anything yet, so there is no text that the message could tell.
+        said = str(error).partition("\n")[0]
+        return f"the engine could not be built ({kind}: {said})"
 
     def _next_plan(self) -> Plan | None:
         """Wait for work; None when the engine is closed."""

@@ -65,7 +65,7 @@ class ModelHost:
 
     def load(self) -> None:
         began = time.monotonic()
-        from engine.engine import Engine
+        from engine.engine import Engine, EngineStoppedError
         from engine.loading import ModelUnavailableError, load_model
 
         try:
@@ -73,6 +73,9 @@ class ModelHost:
             engine = Engine(model, max_waiting=self.max_waiting, max_running=MAX_RUNNING)
         except ModelUnavailableError as error:
             self.fail(str(error))
+            return
+        except EngineStoppedError as error:
+            self.fail(f"the model was loaded but does not run: {error}")
             return
         except Exception as error:
             log.exception("the model did not load")
