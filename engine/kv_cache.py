@@ -4,8 +4,8 @@ Sequences lie in arenas by length: one arena holds those of up to 32 tokens, the
 to 64, then 96, 128, 192, 256 and so on. Attention, whose time is that of reading the cache, pads
 each to its own arena's length, which follows from its own length alone. A step needs no gather: an
 arena's rows are dense, its tensors are sliced. A sequence that outgrows its arena moves to the
-next; one that leaves is replaced by the last row. Arenas grow by doubling, so that memory follows
-use, not the worst case.
+next; one that leaves is replaced by the last row. Arenas grow by doubling and give their memory
+back when the last one leaves, so that it follows use, not the worst case.
 """
 
 from dataclasses import dataclass
@@ -62,12 +62,18 @@ class Arena:
         last = len(self.sequences) - 1
         moved = self.sequences.pop()
         if row == last:
+            self._give_back()
             return None
         self.both[:, :, row] = self.both[:, :, last]
         if tainted:
             self.both[:, :, last] = 0
         self.sequences[row] = moved
         return moved
+
+    def _give_back(self) -> None:
+        """When nobody is left, memory but for one row: who comes alone allocates nothing."""
+        if not self.sequences and self.both.shape[2] > 1:
+            self._allocate(1)
 
 
 def arena_lengths(context_size: int) -> list[int]:
