@@ -4,8 +4,8 @@ Sequences lie in arenas by length: one arena holds those of up to 32 tokens, the
 to 64, then 96, 128, 192, 256 and so on. Attention, whose time is that of reading the cache, pads
 each to its own arena's length, which follows from its own length alone. A step needs no gather: an
 arena's rows are dense, its tensors are sliced. A sequence that outgrows its arena moves to the
-next; one that leaves is replaced by the last row. Arenas grow by doubling and give their memory
-back when the last one leaves, so that it follows use, not the worst case.
+next; one that leaves is replaced by the last row. Arenas grow by doubling, and one that is empty
+gives its memory back when another grows, so that it follows use, not the worst case.
 """
 
 from dataclasses import dataclass
@@ -45,11 +45,14 @@ class Arena:
         self.both = torch.zeros(size, dtype=self.shape.dtype, device=self.shape.device)
         self.keys, self.values = self.both[:, 0], self.both[:, 1]
 
+    @property
+    def is_full(self) -> bool:
+        return len(self.sequences) == self.both.shape[2]
+
     def add(self, sequence: Sequence) -> int:
         """A row for it, with whatever an earlier sequence left there."""
-        rows = self.both.shape[2]
-        if len(self.sequences) == rows:
-            old = self.both
+        if self.is_full:
+            old, rows = self.both, len(self.sequences)
             self._allocate(max(1, 2 * rows))
             self.both[:, :, :rows] = old
         self.sequences.append(sequence)
@@ -62,7 +65,6 @@ class Arena:
         last = len(self.sequences) - 1
         moved = self.sequences.pop()
         if row == last:
-            self._give_back()
             return None
         self.both[:, :, row] = self.both[:, :, last]
         if tainted:
@@ -70,8 +72,8 @@ class Arena:
         self.sequences[row] = moved
         return moved
 
-    def _give_back(self) -> None:
-        """When nobody is left, memory but for one row: who comes alone allocates nothing."""
+    def give_back(self) -> None:
+        """Its memory, if nobody is in it, but for one row."""
         if not self.sequences and self.both.shape[2] > 1:
             self._allocate(1)
 
@@ -101,7 +103,7 @@ class KVCache:
         """Store its first tokens: both are [layers, heads, tokens, width]."""
         tokens = keys.shape[2]
         arena = self.arena_for(tokens + 1)
-        row = arena.add(sequence)
+        row = self._row_in(arena, sequence)
         self.places[sequence] = (arena, row)
         arena.keys[:, row, :, :tokens] = keys
         arena.values[:, row, :, :tokens] = values
@@ -112,11 +114,19 @@ class KVCache:
         if tokens <= arena.length:
             return arena, row
         target = self.arena_for(tokens)
-        new = target.add(sequence)
+        new = self._row_in(target, sequence)
         target.both[:, :, new, :, : arena.length] = arena.both[:, :, row]
         self.free(sequence)
         self.places[sequence] = (target, new)
         return target, new
+
+    def _row_in(self, arena: Arena, sequence: Sequence) -> int:
+        """A row of an arena. Before that grows, others give back what nobody needs: where as many
+        come as have left, nothing is allocated."""
+        if arena.is_full:
+            for other in self.arenas:
+                other.give_back()
+        return arena.add(sequence)
 
     def free(self, sequence: Sequence, *, tainted: bool = False) -> None:
         """Give up its place, if it has one; ``tainted`` wipes what could spread (NaN)."""

@@ -58,23 +58,31 @@ def test_a_sequence_moves_on_when_it_outgrows_its_arena() -> None:
     assert [len(arena.sequences) for arena in cache.arenas] == [0, 1, 0, 0, 0, 1]
 
 
-def test_an_arena_that_all_have_left_keeps_memory_for_one() -> None:
+def test_an_empty_arena_gives_its_memory_back_when_another_grows() -> None:
     cache = KVCache(SHAPE, 96)
     sequences = [made() for _ in range(5)]
     for sequence in sequences:
         cache.insert(sequence, filled(1, 20), filled(1, 20))
     for sequence in sequences:
         cache.reserve(sequence, 40)
-    assert [arena.both.shape[2] for arena in cache.arenas] == [1, 8, 0]
-    for sequence in sequences:
         cache.free(sequence)
-    assert [arena.both.shape[2] for arena in cache.arenas] == [1, 1, 0]
+    assert rows_of(cache) == [8, 1, 0]
     kept = cache.arenas[0].both
-    cache.insert(sequences[0], filled(2, 20), filled(3, 20))
+    cache.insert(sequences[0], filled(2, 40), filled(3, 40))
+    for sequence in sequences[1:]:  # no more than have left
+        cache.insert(sequence, filled(1, 20), filled(1, 20))
     assert cache.arenas[0].both is kept
+    for sequence in sequences[1:]:
+        cache.free(sequence)
+    cache.insert(made(), filled(1, 80), filled(1, 80))
+    assert rows_of(cache) == [1, 1, 1]
     keys, values = stored(cache, sequences[0])
-    assert (keys[:, :, :20] == 2).all()
-    assert (values[:, :, :20] == 3).all()
+    assert (keys[:, :, :40] == 2).all()
+    assert (values[:, :, :40] == 3).all()
+
+
+def rows_of(cache: KVCache) -> list[int]:
+    return [arena.both.shape[2] for arena in cache.arenas]
 
 
 def test_arena_lengths_end_at_the_context() -> None:
