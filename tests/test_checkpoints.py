@@ -1,6 +1,7 @@
 """What runs is written down: what somebody has seen at once, what nobody has seen now and then."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -113,6 +114,7 @@ def test_a_text_is_in_its_row_before_its_end(refused: None, followed: Followed) 
     seen: list[GenerationRecord] = []
 
     def is_kept() -> bool:
+        time.sleep(0.05)  # or looking would take the time of what is looked for
         seen.append(followed.row())
         return seen[-1].completion != "" or seen[-1].status in TERMINAL
 
