@@ -22,7 +22,6 @@ from pydantic_core import ErrorDetails, to_json
 
 from models import (
     LOCAL_OWNER,
-    TERMINAL,
     Conversation,
     FinishReason,
     GenerationRecord,
@@ -117,8 +116,6 @@ class RecordLine(Line):
         """The columns of its row. Raises BrokenLineError where fields contradict each other."""
         values = dict(self.__dict__)
         del values["object"], values["cached"]
-        if self.status is not Status.IN_PROGRESS and self.status not in TERMINAL:
-            raise BrokenLineError("status: no process would ever take it up")
         if self.source_id is not None and not self.source_id < self.id:
             raise BrokenLineError("its source_id is not that of an earlier record")
         text = values.pop("generated_text")
