@@ -130,13 +130,23 @@ def test_a_deleted_record_frees_its_key(service: TestClient, key: str) -> None:
     assert post(service, key).json()["id"] != first["id"]
 
 
+def messages_of_a_conversation(client: TestClient) -> str:
+    conversation = client.post("/conversations", json={"title": "Kings"}).json()["id"]
+    return f"/conversations/{conversation}/messages"
+
+
+def say(client: TestClient, url: str, key: str) -> Any:
+    body = {"prompt_content": "Hello", "max_length": 20}
+    return client.post(url, json=body, headers={"Idempotency-Key": key})
+
+
+def cut_short(client: TestClient, record_id: int) -> None:
+    rewrite(client, record_id, status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED)
+
+
 def test_a_message_is_said_once(service: TestClient, key: str) -> None:
-    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
-    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
-    first, second = (
-        service.post(url, json={"prompt_content": "Hello", "max_length": 20}, headers=headers)
-        for _ in range(2)
-    )
+    url = messages_of_a_conversation(service)
+    first, second = (say(service, url, key) for _ in range(2))
     assert first.status_code == second.status_code == 201
     assert first.json() == second.json()
     assert service.get(url).json() == [first.json()]
@@ -145,32 +155,24 @@ def test_a_message_is_said_once(service: TestClient, key: str) -> None:
 def test_a_message_that_was_cut_short_is_answered_in_its_place(
     service: TestClient, key: str
 ) -> None:
-    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
-    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
-    body = {"prompt_content": "Hello", "max_length": 20}
-    first = service.post(url, json=body, headers=headers).json()
+    url = messages_of_a_conversation(service)
+    first = say(service, url, key).json()
     later = service.post(url, json={"prompt_content": "And then?"}).json()
-    rewrite(service, first["id"], status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED)
-    again = service.post(url, json=body, headers=headers).json()
+    cut_short(service, first["id"])
+    again = say(service, url, key).json()
     assert again["response_content"] == first["response_content"]
     assert [message["id"] for message in service.get(url).json()] == [first["id"], later["id"]]
-
-
-def cut_short(client: TestClient, record_id: int) -> None:
-    rewrite(client, record_id, status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED)
 
 
 def test_a_message_that_was_cut_short_and_then_corrected_keeps_the_correction(
     service: TestClient, key: str
 ) -> None:
-    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
-    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
-    body = {"prompt_content": "Hello", "max_length": 20}
-    first = service.post(url, json=body, headers=headers).json()
+    url = messages_of_a_conversation(service)
+    first = say(service, url, key).json()
     cut_short(service, first["id"])
     path = f"/messages/{first['id']}"
     corrected = service.put(path, json={"response_content": "Good day."}).json()
-    assert service.post(url, json=body, headers=headers).json()["id"] == first["id"]
+    assert say(service, url, key).json()["id"] == first["id"]
     assert service.get(path).json() == corrected
 
 
@@ -210,8 +212,7 @@ def test_a_second_try_in_another_thread_is_other_work(service: TestClient, key: 
 
 
 def test_an_exchange_is_kept_once(service: TestClient, key: str) -> None:
-    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
-    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
+    url, headers = messages_of_a_conversation(service), {"Idempotency-Key": key}
     body = {"prompt_content": "Hello", "response_content": "Good day."}
     first, second = (service.post(url, json=body, headers=headers) for _ in range(2))
     assert first.json() == second.json()
@@ -234,17 +235,15 @@ def test_keys_of_two_owners_do_not_meet(service: TestClient, key: str) -> None:
 
 
 def test_a_message_that_is_run_again_waits_for_its_turn(service: TestClient, key: str) -> None:
-    conversation = service.post("/conversations", json={"title": "Kings"}).json()["id"]
-    url, headers = f"/conversations/{conversation}/messages", {"Idempotency-Key": key}
-    body = {"prompt_content": "Hello", "max_length": 20}
-    first = service.post(url, json=body, headers=headers).json()
-    rewrite(service, first["id"], status=Status.INCOMPLETE, finish_reason=FinishReason.INTERRUPTED)
+    url = messages_of_a_conversation(service)
+    first = say(service, url, key).json()
+    cut_short(service, first["id"])
     long = {"prompt_content": "Tell me all of it", "max_length": 200}
     with ThreadPoolExecutor(1) as other:
         later = other.submit(service.post, url, json=long)
         while len(service.get(url).json()) == 1:
             assert not later.done()
-        again = service.post(url, json=body, headers=headers).json()
+        again = say(service, url, key).json()
         kept = service.get(url).json()
         assert [message["id"] for message in kept] == [first["id"], later.result().json()["id"]]
     assert kept[1] == later.result().json()  # it had ended before
