@@ -49,9 +49,10 @@ from settings import load_settings
 # tokens a second; at 0.1 ms fewer.
 SWITCH_SECONDS = 0.0005
 
-# Of the request threads, one in so many may wait for a reply in the same conversation to end: with
-# the other settings as they come, a full queue and all who may wait leave threads for the rest.
-WAITING_SHARE = 6
+# Of the request threads, one in so many may wait for another request of the same conversation, key
+# or work: with the other settings as they come, a full queue and all who may wait leave threads for
+# the rest.
+WAITING_SHARE = 4
 
 
 @asynccontextmanager
@@ -93,8 +94,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         ),
         settings.request_timeout_seconds,
         timedelta(hours=settings.idempotency_hours),
+        settings.request_threads // WAITING_SHARE,
     )
-    app.state.replies = Replies(generation, settings.request_threads // WAITING_SHARE)
+    app.state.replies = Replies(generation)
     app.state.streams = Streams(database, live)
     checkpointer = Checkpointer(database, live, generation)
     retention = Retention(database, settings.retention_days, settings.retention_body_days)

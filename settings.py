@@ -64,7 +64,7 @@ class Settings(BaseSettings):
         30.0, gt=0, le=86_400, description="seconds: a stream's reader that takes longer is dropped"
     )
     request_threads: int = Field(
-        400,
+        512,
         ge=8,
         le=10_000,
         description="8 to 10000: threads for requests; keep it above MAX_WAITING",

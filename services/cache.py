@@ -26,6 +26,7 @@ from models import GenerationRecord, Status
 from repositories import records, secrets
 from services.idempotency import once_values
 from services.live import LiveGenerations
+from services.patience import Patience
 from services.planning import Ask, Plan
 
 log = logging.getLogger(__name__)
@@ -70,17 +71,17 @@ class ResponseCache:
         ask: Ask,
         key: str,
         enter: Callable[[Session], None],
-        timeout: float,
+        patience: Patience,
     ) -> GenerationRecord | None:
         """Answer from the store, once whoever does the same work now is done; None: do it.
 
-        Raises DeadlineExceededError when that takes more than ``timeout`` seconds.
+        Raises DeadlineExceededError, and OverloadedError where too many wait.
         """
         began = time.monotonic()
-        while (seconds := time.monotonic() - began) < timeout:
+        while patience.left():
             source = self.find(session, ask.owner_id, key)
             if source is not None:
-                kept = keep(session, ask, key, source, enter, seconds)
+                kept = keep(session, ask, key, source, enter, time.monotonic() - began)
                 if kept is not None:
                     return kept
                 continue
@@ -88,7 +89,7 @@ class ResponseCache:
             release(session)
             if runs is None:
                 return None
-            if not self.live.wait_for_end(ask.owner_id, runs, timeout - seconds):
+            if not self.live.wait_for_end(ask.owner_id, runs, patience.to_wait()):
                 time.sleep(FLIGHT_SECONDS)
         raise DeadlineExceededError
 

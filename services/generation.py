@@ -6,11 +6,11 @@ connection is held in between.
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Semaphore
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import IntegrityError
@@ -38,6 +38,7 @@ from services.idempotency import Key, first_try, once_of, was_cut_short
 from services.leases import LeaseKeeper
 from services.live import Live, LiveGenerations
 from services.model_host import ModelHost
+from services.patience import Patience
 from services.planning import Ask, Plan, plan_prompt
 from services.turns import Turns
 
@@ -59,6 +60,8 @@ class Answer:
 class GenerationService:
     """``timeout`` is the longest a generation may take, waiting included, in seconds.
 
+    ``most_waiting`` requests may wait for others: for those of the same key or conversation, and
+    for those that do the same work.
     ``key_lifetime`` is how long an ``Idempotency-Key`` means its first request.
     """
 
@@ -72,6 +75,7 @@ class GenerationService:
         cache: ResponseCache,
         timeout: float,
         key_lifetime: timedelta,
+        most_waiting: int,
     ) -> None:
         self.database = database
         self.models = models
@@ -81,6 +85,7 @@ class GenerationService:
         self.cache = cache
         self.timeout = timeout
         self.key_lifetime = key_lifetime
+        self.places = Semaphore(most_waiting)
         self.turns = Turns()
         crowds = Crowds(database)
         self.accepter = Accepter(crowds, cache, lease)
@@ -121,11 +126,12 @@ class GenerationService:
         return self.wait_for(session, self.continue_prompt(session, ask))
 
     def continue_prompt(self, session: Session, ask: Ask) -> Live | Answer:
-        def begin(first: GenerationRecord | None) -> Live | Answer:
+        def begin(first: GenerationRecord | None, patience: Patience) -> Live | Answer:
             return self.begin(
                 session,
                 ask,
                 lambda model: plan_prompt(model, ask.prompt, ask.options),
+                patience,
                 again=first,
             )
 
@@ -135,28 +141,28 @@ class GenerationService:
         self,
         session: Session,
         ask: Ask,
-        begin: Callable[[GenerationRecord | None], Live | Answer],
+        begin: Callable[[GenerationRecord | None, Patience], Live | Answer],
     ) -> Live | Answer:
         """Begin what was asked, unless its key was answered before.
 
         ``begin`` gets the record of a first try that was cut short, to run it again on its row.
         """
-        deadline = time.monotonic() + self.timeout
-        while True:
-            with self.turns.of(turn_of(ask), self.timeout):
-                first = first_try(session, ask.owner_id, ask.once, self.key_lifetime)
-                if first is not None and not was_cut_short(first):
-                    return Answer(first, replayed=True)
-                with contextlib.suppress(TakenError):
-                    return begin(first)
-            if time.monotonic() > deadline:
-                raise DeadlineExceededError
+        with Patience(self.timeout, self.places) as patience:
+            while patience.left():
+                with self.turns.of(turn_of(ask), patience):
+                    first = first_try(session, ask.owner_id, ask.once, self.key_lifetime)
+                    if first is not None and not was_cut_short(first):
+                        return Answer(first, replayed=True)
+                    with contextlib.suppress(TakenError):
+                        return begin(first, patience)
+        raise DeadlineExceededError
 
     def begin(
         self,
         session: Session,
         ask: Ask,
         plan: "Callable[[LoadedModel], Plan]",
+        patience: Patience,
         enter: Callable[[Session], None] = nothing,
         again: GenerationRecord | None = None,
     ) -> Live | Answer:
@@ -171,14 +177,14 @@ class GenerationService:
         cache_key = self.cache.key(ask, planned)
         if again is not None:
             planned = planned.seeded(again.seed)
-            return self.start(session, ask, engine, planned, enter, again, cache_key)
+            return self.start(session, ask, engine, planned, patience, enter, again, cache_key)
         if cache_key is None:
-            return self.start(session, ask, engine, planned, enter)
-        with self.turns.of(cache_key, self.timeout):
-            found = self.answered(session, ask, cache_key, enter)
+            return self.start(session, ask, engine, planned, patience, enter)
+        with self.turns.of(cache_key, patience):
+            found = self.answered(session, ask, cache_key, enter, patience)
             if found is not None:
                 return Answer(found)
-            return self.start(session, ask, engine, planned, enter, cache_key=cache_key)
+            return self.start(session, ask, engine, planned, patience, enter, cache_key=cache_key)
 
     def start(
         self,
@@ -186,6 +192,7 @@ class GenerationService:
         ask: Ask,
         engine: "Engine",
         plan: Plan,
+        patience: Patience,
         enter: Callable[[Session], None],
         again: GenerationRecord | None = None,
         cache_key: str | None = None,
@@ -197,7 +204,7 @@ class GenerationService:
         except BaseException:
             generation.cancel()
             raise
-        live = Live(record, generation, ask.finish_alone)
+        live = Live(record, generation, ask.finish_alone, patience.deadline)
         self.live.add(live)
         return live
 
@@ -207,9 +214,10 @@ class GenerationService:
         ask: Ask,
         cache_key: str,
         enter: Callable[[Session], None],
+        patience: Patience,
     ) -> GenerationRecord | None:
         try:
-            return self.cache.answer(session, ask, cache_key, enter, self.timeout)
+            return self.cache.answer(session, ask, cache_key, enter, patience)
         except IntegrityError:  # its key is taken, or the text it would have shown is gone
             raise TakenError from None
 
@@ -238,7 +246,7 @@ class GenerationService:
         outcome: GenerationRecord | ServiceError = GenerationFailedError(record_id=live.record.id)
         try:
             with live.generation:
-                ending = self.run(live.generation)
+                ending = run(live)
             outcome = self.finisher.finish(session, live.record, ending, live.seconds())
         except ServiceError as error:
             outcome = error
@@ -250,19 +258,21 @@ class GenerationService:
                 self.lease.drop(live.record.id)
         return outcome
 
-    def run(self, generation: "Generation") -> Ending:
-        error: type[ServiceError] | None = None
-        try:
-            generation.start()
-            generation.result(self.timeout)
-        except TimeoutError:
-            generation.cancel()
-            error = DeadlineExceededError
-        except GenerationError:
-            error = GenerationFailedError
-        except EngineStoppedError:
-            error = InterruptedGenerationError
-        return ending_of(generation, error)
+
+def run(live: Live) -> Ending:
+    """How a generation ended, or was cancelled at its deadline."""
+    error: type[ServiceError] | None = None
+    try:
+        live.generation.start()
+        live.generation.result(live.seconds_left())
+    except TimeoutError:
+        live.generation.cancel()
+        error = DeadlineExceededError
+    except GenerationError:
+        error = GenerationFailedError
+    except EngineStoppedError:
+        error = InterruptedGenerationError
+    return ending_of(live.generation, error)
 
 
 def turn_of(ask: Ask) -> str | None:

@@ -22,15 +22,21 @@ if TYPE_CHECKING:
 class Live:
     """One running generation. ``outcome`` is None until its end is stored.
 
+    At ``deadline``, of the monotonic clock, it is cancelled.
     When its last follower leaves before the end it is cancelled, unless ``finish_alone``.
     """
 
     def __init__(
-        self, record: GenerationRecord, generation: "Generation", finish_alone: bool
+        self,
+        record: GenerationRecord,
+        generation: "Generation",
+        finish_alone: bool,
+        deadline: float,
     ) -> None:
         self.record = record
         self.generation = generation
         self.finish_alone = finish_alone
+        self.deadline = deadline
         self.began = time.monotonic()
         self.outcome: GenerationRecord | ServiceError | None = None
         self.checkpointed = 0  # characters stored so far
@@ -42,6 +48,9 @@ class Live:
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
+
+    def seconds_left(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
 
     def wake(self) -> None:
         """Let followers look again; on the event loop."""

@@ -31,8 +31,9 @@ from services.conversations import NO_MODEL, change_message, create, first_words
 from services.generation import Answer, GenerationService
 from services.idempotency import Key, once_of, once_values
 from services.live import Live
+from services.patience import Patience
 from services.planning import CONTEXT_TURNS, MessageAsk, plan_reply, turns_of
-from services.turns import Places, Turns
+from services.turns import Turns
 
 TURN_PATIENCE_SECONDS = 0.05
 
@@ -46,12 +47,9 @@ def too_long() -> ConflictError:
 
 
 class Replies:
-    """``most_waiting`` messages may wait until their conversation's reply has ended."""
-
-    def __init__(self, generation: GenerationService, most_waiting: int) -> None:
+    def __init__(self, generation: GenerationService) -> None:
         self.generation = generation
         self.turns = Turns()
-        self.places = Places(most_waiting)
 
     def open(self, session: Session, owner_id: str, request: ConversationCreate) -> Conversation:
         """Begin a conversation. Raises ContentRefusedError."""
@@ -100,42 +98,41 @@ class Replies:
         return self.generation.once(session, ask, partial(self.wait_for_turn, session, ask))
 
     def wait_for_turn(
-        self, session: Session, ask: MessageAsk, again: GenerationRecord | None
+        self,
+        session: Session,
+        ask: MessageAsk,
+        again: GenerationRecord | None,
+        patience: Patience,
     ) -> Live | Answer:
         """Wait for the turn, then read the thread and take the next place in it, or try again.
 
         ``again`` is a first try that was cut short: it is answered in its old place.
         """
-        deadline = time.monotonic() + self.generation.timeout
-        with self.turn_in(ask) as before_waiting:
-            while time.monotonic() < deadline:
+        with self.turn_in(ask, patience):
+            while patience.left():
                 seen, thread = read_conversation(session, ask)
                 running = next((said for said in thread if said.status not in TERMINAL), None)
                 if running is not None:
-                    before_waiting()
-                    self.wait_for_end(running, deadline - time.monotonic())
+                    self.wait_for_end(running, patience.to_wait())
                     continue
                 enter = partial(take_turn, ask, seen, thread)
                 with contextlib.suppress(ThreadMovedError):
-                    return self.answer(session, ask, thread, enter, again)
+                    return self.answer(session, ask, thread, patience, enter, again)
         raise too_long()
 
     @contextlib.contextmanager
-    def turn_in(self, ask: MessageAsk) -> Iterator[Callable[[], None]]:
+    def turn_in(self, ask: MessageAsk, patience: Patience) -> Iterator[None]:
         """Of all messages here for one conversation only one looks whether it can be answered.
 
         The others stand in line: what each would do there for nothing is what the first does.
-        Gives what to call before waiting further, which may raise OverloadedError.
         """
-        line = f"{ask.owner_id} {ask.conversation_id}"
+        turn = self.turns.of(f"{ask.owner_id} {ask.conversation_id}", patience)
         with contextlib.ExitStack() as held:
-            before_waiting = held.enter_context(self.places.one())
-            turn = self.turns.of(line, self.generation.timeout, before_waiting)
             try:
                 held.enter_context(turn)
             except DeadlineExceededError:
                 raise too_long() from None
-            yield before_waiting
+            yield
 
     def wait_for_end(self, running: GenerationRecord, timeout: float) -> None:
         """Until it has ended, if it runs here; a moment where another process runs it."""
@@ -148,6 +145,7 @@ class Replies:
         session: Session,
         ask: MessageAsk,
         thread: list[GenerationRecord],
+        patience: Patience,
         enter: Callable[[Session], None],
         again: GenerationRecord | None,
     ) -> Live | Answer:
@@ -157,6 +155,7 @@ class Replies:
             session,
             ask,
             lambda model: plan_reply(model, turns, ask.prompt, ask.options),
+            patience,
             enter,
             again,
         )
@@ -165,7 +164,7 @@ class Replies:
         """Store an exchange that happened elsewhere. Raises NotFoundError."""
         self.generation.content_filter.check(ask.prompt)
 
-        def store(_: GenerationRecord | None) -> Live | Answer:
+        def store(_: GenerationRecord | None, __: Patience) -> Live | Answer:
             return Answer(self.store(session, ask))
 
         return self.generation.once(session, ask, store)

@@ -7,13 +7,10 @@ each other wait for its lock, and a hundred of them longer than the database's p
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from errors import DeadlineExceededError, OverloadedError
-
-
-def willing() -> None:
-    """What most have to do before they wait."""
+from errors import DeadlineExceededError
+from services.patience import Patience
 
 
 class Turns:
@@ -22,22 +19,18 @@ class Turns:
         self.lines: dict[str, deque[threading.Event]] = {}  # whose turn it is comes first
 
     @contextlib.contextmanager
-    def of(
-        self, name: str | None, timeout: float, before_waiting: Callable[[], None] = willing
-    ) -> Iterator[None]:
-        """Wait for one's turn; None waits for nothing. Raises DeadlineExceededError.
+    def of(self, name: str | None, patience: Patience) -> Iterator[None]:
+        """Wait for one's turn; None waits for nothing.
 
-        ``before_waiting`` is called where it is not one's turn yet, and may refuse by raising.
+        Raises DeadlineExceededError, and OverloadedError where too many wait.
         """
         if name is None:
             yield
             return
         turn = self.join(name)
         try:
-            if not turn.is_set():
-                before_waiting()
-                if not turn.wait(timeout):
-                    raise DeadlineExceededError
+            if not turn.is_set() and not turn.wait(patience.to_wait()):
+                raise DeadlineExceededError
             yield
         finally:
             self.leave(name, turn)
@@ -58,30 +51,3 @@ class Turns:
                 line[0].set()
             else:
                 del self.lines[name]
-
-
-class Places:
-    """At most ``most`` threads may wait at once: each is one that serves no other request."""
-
-    def __init__(self, most: int) -> None:
-        self.free = threading.Semaphore(most)
-
-    @contextlib.contextmanager
-    def one(self) -> Iterator[Callable[[], None]]:
-        """What to call before any wait of the block. It raises OverloadedError.
-
-        The place that it takes is kept until the block ends, so who has waited is not refused.
-        """
-        taken = False
-
-        def take() -> None:
-            nonlocal taken
-            if not taken and not self.free.acquire(blocking=False):
-                raise OverloadedError
-            taken = True
-
-        try:
-            yield take
-        finally:
-            if taken:
-                self.free.release()

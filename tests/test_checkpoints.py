@@ -31,7 +31,7 @@ OTHERS = 100
 
 
 def test_a_text_that_nobody_has_seen_is_written_less_often() -> None:
-    live = Live(GenerationRecord(), cast(Any, None), finish_alone=True)
+    live = Live(GenerationRecord(), cast(Any, None), finish_alone=True, deadline=0)
     assert not is_due(live)
     live.checkpointed_at -= UNSEEN_SECONDS
     assert is_due(live)
@@ -41,7 +41,7 @@ def test_a_text_that_somebody_has_seen_is_written_each_time() -> None:
     engine = Engine(load_model(TINY, "float32", "cpu"))
     try:
         generation = engine.admit(engine.loaded.encode("Once upon a time"), greedy(20))
-        live = Live(GenerationRecord(), generation, finish_alone=True)
+        live = Live(GenerationRecord(), generation, finish_alone=True, deadline=0)
         generation.start()
         generation.result(60)
         asyncio.run(one_look(live))
@@ -170,7 +170,9 @@ def test_a_retry_that_runs_before_its_first_try_is_forgotten_stays_known() -> No
     async def scenario() -> None:
         known = LiveGenerations(asyncio.get_running_loop())
         record = GenerationRecord(id=1, owner_id=OWNER)
-        first, second = (Live(record, cast(Any, object()), finish_alone=True) for _ in range(2))
+        first, second = (
+            Live(record, cast(Any, object()), finish_alone=True, deadline=0) for _ in range(2)
+        )
         known.add(first)
         known.add(second)
         known.end(first, record)

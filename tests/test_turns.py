@@ -1,19 +1,26 @@
-"""Turns: in the order of asking, and no more who wait than there are places."""
+"""Turns: in the order of asking, and no longer than a request's patience."""
 
 import threading
 import time
 
 import pytest
 
-from errors import DeadlineExceededError, OverloadedError
-from services.turns import Places, Turns
+from errors import DeadlineExceededError
+from services.patience import Patience
+from services.turns import Turns
+
+PLACES = threading.Semaphore(100)
+
+
+def patience(seconds: float = 20) -> Patience:
+    return Patience(seconds, PLACES)
 
 
 def wait_in_line(turns: Turns, came: list[int], count: int) -> list[threading.Thread]:
     """Threads that ask one after the other."""
 
     def ask(number: int) -> None:
-        with turns.of("name", 20):
+        with patience() as mine, turns.of("name", mine):
             came.append(number)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(count)]
@@ -27,7 +34,7 @@ def wait_in_line(turns: Turns, came: list[int], count: int) -> list[threading.Th
 
 def test_turns_come_in_the_order_of_asking() -> None:
     turns, came = Turns(), list[int]()
-    with turns.of("name", 0):
+    with turns.of("name", patience()):
         threads = wait_in_line(turns, came, 20)
         assert came == []
     for thread in threads:
@@ -38,21 +45,11 @@ def test_turns_come_in_the_order_of_asking() -> None:
 
 def test_who_gives_up_holds_up_nobody() -> None:
     turns, came = Turns(), list[int]()
-    with turns.of("name", 0):
-        with pytest.raises(DeadlineExceededError), turns.of("name", 0.01):
+    with turns.of("name", patience()):
+        short = patience(0.01)
+        with pytest.raises(DeadlineExceededError), short, turns.of("name", short):
             raise AssertionError("it was not its turn")
         threads = wait_in_line(turns, came, 1)
     threads[0].join()
     assert came == [0]
     assert turns.lines == {}
-
-
-def test_only_who_waits_takes_a_place_and_keeps_it() -> None:
-    places = Places(1)
-    with places.one(), places.one() as take:
-        take()
-        take()
-        with places.one() as refused, pytest.raises(OverloadedError):
-            refused()
-    with places.one() as take:
-        take()
