@@ -22,6 +22,7 @@ from errors import (
     DeadlineExceededError,
     GenerationFailedError,
     InterruptedGenerationError,
+    InvalidRequestError,
     ModelNotReadyError,
     OverloadedError,
     ServiceError,
@@ -280,10 +281,12 @@ def turn_of(ask: Ask) -> str | None:
 
 
 def admitted(engine: "Engine", plan: Plan) -> "Generation":
-    """A place in the queue. Raises OverloadedError, ModelNotReadyError."""
+    """A place in the queue. Raises InvalidRequestError, OverloadedError, ModelNotReadyError."""
     try:
         return engine.admit(plan.prompt_ids, plan.params)
     except EngineFullError:
         raise OverloadedError from None
     except EngineStoppedError:
         raise ModelNotReadyError from None
+    except ValueError as error:
+        raise InvalidRequestError(f"The model cannot run this prompt: {error}.") from None

@@ -1,5 +1,6 @@
 """Generations: lengths, seeds, stops, refusals, and what is kept of each."""
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,6 +190,22 @@ def test_a_refused_prompt_is_stored_as_nothing(client: TestClient) -> None:
     before = client.get("/history").json()
     assert post(client, prompt="so much HATE").status_code == 400
     assert client.get("/history").json() == before
+
+
+def test_a_token_that_the_model_has_no_row_for_is_422(tmp_path: Path) -> None:
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_tokens(["<hidden>"])
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    tokenizer.save_pretrained(model)
+    url = f"sqlite:///{tmp_path / 'records.db'}"
+    with in_process(DATABASE_URL=url, MODEL=str(model)) as client:
+        answer = post(ready(client), prompt="Once <hidden>")
+        assert answer.status_code == 422
+        assert "not in the model's vocabulary" in answer.json()["detail"]
+        assert client.get("/history").json() == []
 
 
 def test_50_at_once_are_all_in_the_history(client: TestClient) -> None:
