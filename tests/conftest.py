@@ -8,8 +8,13 @@ from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session
 
 from database import Database
-from tests.databases import KINDS, prepared_database
+from tests.databases import KINDS
+from tests.prepared import close_spare, prepared_database
 from tests.service import Server, in_process, ready, serving
+
+
+def pytest_sessionfinish() -> None:
+    close_spare()
 
 
 @pytest.fixture(params=KINDS)

@@ -12,7 +12,8 @@ from database import Database, transaction
 from models import GenerationRecord
 from repositories import records, removal
 from tests import databases
-from tests.databases import KINDS, prepared_database
+from tests.databases import KINDS
+from tests.prepared import prepared_database
 from tests.test_history import OWNER, ids, insert
 
 ALIKE = ["straße", "STRASSE", "Straße", "straße ", "straße\u200b", "stra\u00dfe\u0301", "🐉", "🐲"]

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from database import Database, transaction
 from models import Conversation, ConversationQuery, GenerationRecord, HistoryQuery, Status
 from repositories import blocks, conversations, lists
-from tests.databases import prepared_database
+from tests.prepared import prepared_database
 from tests.test_history import NOON, OWNER, ids, insert
 
 ROWS = 6000

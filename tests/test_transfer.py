@@ -26,7 +26,8 @@ from services import arriving, importing, transfer
 from services.helper import Helper
 from services.leases import LeaseKeeper
 from services.lines import NO_ROW, conversation_line, record_line
-from tests.databases import KINDS, prepared_database
+from tests.databases import KINDS
+from tests.prepared import prepared_database
 from tests.service import ROOT
 from tests.test_history import NOON, OWNER, insert
 
