@@ -11,8 +11,9 @@ help: ## list these commands
 run: .venv/run ## serve on http://localhost:8000 (PORT=8123 make run serves there)
 	@exec $(BIN)/python main.py
 
+# A worker for each processor: PyTorch's threads of several would only wait for each other there.
 test: .venv/dev ## run the tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/dev ## check style and types
 	$(BIN)/ruff check .

@@ -23,7 +23,8 @@ JOIN pg_class ON pg_class.oid = attrelid AND relnamespace = 'public'::regnamespa
 UNION ALL SELECT concat_ws(' ', relname, indisvalid) FROM pg_index
 JOIN pg_class ON pg_class.oid = indexrelid AND relnamespace = 'public'::regnamespace
 UNION ALL SELECT concat_ws(' ', tgname, tgenabled) FROM pg_trigger
-UNION ALL SELECT concat_ws(' ', proname, prosrc) FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+UNION ALL SELECT concat_ws(' ', proname, prosrc) FROM pg_proc
+WHERE pronamespace = 'public'::regnamespace
 UNION ALL SELECT pg_get_constraintdef(oid) FROM pg_constraint
 WHERE connamespace = 'public'::regnamespace
 UNION ALL SELECT setconfig::text FROM pg_db_role_setting
