@@ -6,9 +6,8 @@ from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
 
-from sqlalchemy import Update, bindparam, insert, select, update
+from sqlalchemy import Update, bindparam, select, update
 from sqlalchemy.orm import Session
-from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.strategy_options import lazyload
 
 from lookup import Lookup
@@ -18,25 +17,6 @@ from words import record_words
 
 WORDS_OF = tuple(signature(record_words).parameters)  # the columns
 
-COPIED = (
-    "finish_reason",
-    "model_name",
-    "model_fingerprint",
-    "dtype",
-    "parameters",
-    "seed",
-    "prompt_tokens",
-    "completion_tokens",
-)
-TEXTLESS = {
-    "status": Status.COMPLETED,
-    "prompt": "",
-    "completion": "",
-    "user_id": None,
-    "duration_ms": None,
-    "attempts": 1,
-    "pinned": False,
-}
 CLOSED = {"lease_id": None, "flight_key": None, "cancel_requested": None}
 
 # Built once: most of a read's time would go into building it.
@@ -61,28 +41,7 @@ VIEWED = tuple(VIEW.selected_columns.keys())
 SHOWN = Lookup(
     VIEW.where(TABLE.c.id == bindparam("record_id"), TABLE.c.owner_id == bindparam("owner_id"))
 )
-INSERT = insert(GenerationRecord)
 ROWS = select(TABLE).where(TABLE.c.id.in_(bindparam("ids", expanding=True)))
-BY_CACHE_KEY = Lookup(
-    select(TABLE)
-    .where(
-        TABLE.c.cache_key == bindparam("cache_key"),
-        TABLE.c.owner_id == bindparam("owner_id"),
-        TABLE.c.status == Status.COMPLETED,
-        TABLE.c.created_at > bindparam("since"),
-    )
-    .order_by(TABLE.c.id.desc())
-    .limit(1)
-)
-HELD_SOURCE = Lookup(
-    select(TABLE.c.id)
-    .where(
-        TABLE.c.id == bindparam("record_id"),
-        TABLE.c.owner_id == bindparam("owner_id"),
-        TABLE.c.cache_key == bindparam("cache_key"),
-    )
-    .with_for_update(read=True)
-)
 IN_PROGRESS = (
     select(TABLE)
     .where(
@@ -114,25 +73,6 @@ def add_all(session: Session, found: Sequence[GenerationRecord]) -> None:
     session.add_all(found)
     session.flush()
     blocks.note(session, [(record.id, record.created_at) for record in found])
-
-
-def add_cached(
-    session: Session, owner_id: str, source: GenerationRecord, **values: Any
-) -> GenerationRecord:
-    """Insert a complete answer that shows the text of another record and holds none.
-
-    What is returned belongs to no session: to insert an object and to read it back for the
-    account takes seven times as long as to insert its row.
-    """
-    row = TEXTLESS | {name: getattr(source, name) for name in COPIED} | values
-    row |= {"owner_id": owner_id, "source_id": source.id}
-    key: Any = session.connection().execute(INSERT, row).inserted_primary_key
-    row["id"] = key.id
-    blocks.note(session, [(row["id"], row["created_at"])])
-    keep_account(session, [row])
-    record = GenerationRecord(**row)
-    set_committed_value(record, "source", source)
-    return record
 
 
 class RecordEnd(NamedTuple):
@@ -288,28 +228,6 @@ def find(session: Session, owner_id: str | None, record_id: int) -> GenerationRe
     return session.get(GenerationRecord, record_id)
 
 
-def by_idempotency_key(session: Session, owner_id: str, key: str) -> GenerationRecord | None:
-    return session.scalar(
-        select(GenerationRecord).where(
-            GenerationRecord.idempotency_key == key, GenerationRecord.owner_id == owner_id
-        )
-    )
-
-
-def forget_idempotency_key(session: Session, owner_id: str, key: str, before: datetime) -> None:
-    """Free a key that has expired."""
-    session.execute(
-        update(GenerationRecord)
-        .where(
-            GenerationRecord.idempotency_key == key,
-            GenerationRecord.owner_id == owner_id,
-            GenerationRecord.created_at < before,
-        )
-        .values(idempotency_key=None)
-        .execution_options(synchronize_session=False)
-    )
-
-
 def reopen(session: Session, record: GenerationRecord, **values: Any) -> bool:
     """Put a record that was cut short in progress again; False when somebody else did."""
     statement = (
@@ -333,29 +251,6 @@ def reopen(session: Session, record: GenerationRecord, **values: Any) -> bool:
         return False
     search.drop(session, search.RECORDS, [record.id])
     return True
-
-
-def by_cache_key(
-    session: Session, owner_id: str, cache_key: str, since: datetime
-) -> GenerationRecord | None:
-    """The latest complete answer to the same work. It has a text of its own; no session has it."""
-    row = BY_CACHE_KEY.row(session, cache_key=cache_key, owner_id=owner_id, since=since)
-    return None if row is None else GenerationRecord(**dict(zip(TABLE.c.keys(), row, strict=True)))
-
-
-def hold_source(session: Session, owner_id: str, record_id: int, cache_key: str) -> bool:
-    """Whether a record's text is still the answer to this work: then, to the transaction's end."""
-    found = HELD_SOURCE.row(session, record_id=record_id, owner_id=owner_id, cache_key=cache_key)
-    return found is not None
-
-
-def in_flight(session: Session, owner_id: str, flight_key: str) -> int | None:
-    """The record whose generation does the same work now."""
-    return session.scalar(
-        select(GenerationRecord.id).where(
-            GenerationRecord.flight_key == flight_key, GenerationRecord.owner_id == owner_id
-        )
-    )
 
 
 def pin(session: Session, owner_id: str, record_id: int, pinned: bool, now: datetime) -> None:

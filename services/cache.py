@@ -23,7 +23,7 @@ from database import Database, release, transaction
 from errors import DeadlineExceededError
 from log import event
 from models import GenerationRecord, Status
-from repositories import records, secrets
+from repositories import cached, records, secrets
 from services.idempotency import once_values
 from services.live import LiveGenerations
 from services.patience import Patience
@@ -85,7 +85,7 @@ class ResponseCache:
                 if kept is not None:
                     return kept
                 continue
-            runs = records.in_flight(session, ask.owner_id, key)
+            runs = cached.in_flight(session, ask.owner_id, key)
             release(session)
             if runs is None:
                 return None
@@ -109,7 +109,7 @@ class ResponseCache:
             self.pointers.forget(keys)
 
     def find_stored(self, session: Session, owner_id: str, key: str) -> GenerationRecord | None:
-        return records.by_cache_key(session, owner_id, key, self.oldest())
+        return cached.find(session, owner_id, key, self.oldest())
 
     def oldest(self) -> datetime:
         return datetime.now(UTC) - self.lifetime
@@ -138,10 +138,10 @@ def keep(
     """
     now = datetime.now(UTC)
     with transaction(session):
-        if not records.hold_source(session, ask.owner_id, source.id, key):
+        if not cached.hold(session, ask.owner_id, source.id, key):
             return None
         enter(session)
-        record = records.add_cached(
+        record = cached.add(
             session,
             ask.owner_id,
             source,

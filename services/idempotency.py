@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from database import release, transaction
 from errors import KeyInUseError, KeyReusedError
 from models import FinishReason, GenerationRecord, Status
-from repositories import records
+from repositories import keys
 from services.conversations import NO_MODEL
 
 CUT_SHORT = {FinishReason.INTERRUPTED, FinishReason.DISCONNECTED}
@@ -60,14 +60,14 @@ def first_try(
     """
     if once is None:
         return None
-    record = records.by_idempotency_key(session, owner_id, once.key)
+    record = keys.find(session, owner_id, once.key)
     release(session)
     if record is None:
         return None
     expired = datetime.now(UTC) - lifetime
     if record.created_at < expired:
         with transaction(session):
-            records.forget_idempotency_key(session, owner_id, once.key, expired)
+            keys.forget(session, owner_id, once.key, expired)
         return None
     if record.idempotency_fingerprint != once.fingerprint:
         raise KeyReusedError

@@ -14,7 +14,7 @@ from sqlalchemy import select, text, update
 
 from database import release, transaction
 from models import GenerationRecord
-from repositories import records, removal
+from repositories import cached, removal
 from services.cache import PREFIX, ResponseCache
 from tests.database_servers import Redis
 from tests.service import Server, in_process, ready, sessions_of
@@ -269,8 +269,8 @@ def test_a_correction_waits_for_an_answer_that_is_not_committed_yet(service: Tes
             found = session.get_one(GenerationRecord, source["id"])
             release(session)
             with transaction(session):
-                assert records.hold_source(session, "local", found.id, found.cache_key or "")
-                shown = records.add_cached(
+                assert cached.hold(session, "local", found.id, found.cache_key or "")
+                shown = cached.add(
                     session, "local", found, created_at=now, updated_at=now, conversation_id=None
                 )
                 change = {"response_content": "By hand"}

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from models import GenerationRecord
-from repositories import records, removal
+from repositories import keys, removal
 from tests import databases
 from tests.databases import KINDS
 from tests.prepared import prepared_database
@@ -36,7 +36,7 @@ def test_unique_texts_are_compared_byte_by_byte(session: Session) -> None:
     for key in ("key", "KEY", "key "):
         insert(session, idempotency_key=key)
     for key in ("key", "KEY", "key "):
-        found = records.by_idempotency_key(session, OWNER, key)
+        found = keys.find(session, OWNER, key)
         assert found is not None
         assert found.idempotency_key == key
 

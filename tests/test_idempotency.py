@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from database import transaction
 from models import FinishReason, GenerationRecord, Status
-from repositories import records, removal
+from repositories import keys, removal
 from tests.service import sessions_of
 from tests.sse import Event, events, text_of
 
@@ -228,8 +228,8 @@ def test_a_key_is_1_to_255_printable_characters(client: TestClient, bad: str) ->
 def test_keys_of_two_owners_do_not_meet(service: TestClient, key: str) -> None:
     record = post(service, key).json()
     with sessions_of(service)() as session:
-        assert records.by_idempotency_key(session, "somebody else", key) is None
-        found = records.by_idempotency_key(session, "local", key)
+        assert keys.find(session, "somebody else", key) is None
+        found = keys.find(session, "local", key)
         assert found is not None
         assert found.id == record["id"]
 

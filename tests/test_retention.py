@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from models import Conversation, GenerationRecord, HistoryQuery, Record, Status
-from repositories import conversations, records, removal
+from repositories import cached, conversations, records, removal
 from services import history, retention
 from services.planning import turns_of
 from services.retention import Limits, Removed, Retention
@@ -150,7 +150,7 @@ def answer_often(session: Session, old: int, new: int, **given: Any) -> int:
     with transaction(session):
         for number in range(old + new):
             times = dict.fromkeys(("created_at", "updated_at"), OLD if number < old else NOW)
-            records.add_cached(session, OWNER, source, duration_ms=1, **times, **given)
+            cached.add(session, OWNER, source, duration_ms=1, **times, **given)
     return record
 
 

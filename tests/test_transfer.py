@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from database import Database, transaction
 from errors import CommandError, StorageUnavailableError
 from models import Base, Conversation, GenerationRecord, HistoryQuery, Status
-from repositories import conversations, records, removal
+from repositories import cached, conversations, records, removal
 from repositories.transfer import LEFT
 from services import arriving, importing, transfer
 from services.helper import Helper
@@ -91,7 +91,7 @@ def show(session: Session, record_id: int) -> int:
         source = records.get(session, OWNER, record_id)
         assert source is not None
         times = {"created_at": NOON, "updated_at": NOON}
-        return records.add_cached(session, OWNER, source, duration_ms=1, **times).id
+        return cached.add(session, OWNER, source, duration_ms=1, **times).id
 
 
 @pytest.mark.parametrize("source", KINDS)
