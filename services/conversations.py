@@ -197,6 +197,7 @@ def rewrite(record: GenerationRecord, given: Mapping[str, Any], tokens: Mapping[
             continue
         setattr(record, text_column, text)
         record.model_fingerprint = NO_MODEL
+        record.text_removed_at = None  # there is one again, for retention to remove
         if field in tokens:
             setattr(record, tokens_column, tokens[field])
 

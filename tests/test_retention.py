@@ -17,10 +17,18 @@ from fastapi.testclient import TestClient
 from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
-from database import Database, transaction
-from models import Conversation, GenerationRecord, HistoryQuery, Record, Status
+from database import Database, release, transaction
+from models import (
+    Conversation,
+    GenerationRecord,
+    HistoryQuery,
+    MessageUpdate,
+    Record,
+    Status,
+)
 from repositories import cached, conversations, records, removal
 from services import history, retention
+from services.conversations import change_message
 from services.planning import turns_of
 from services.retention import Limits, Removed, Retention
 from tests.service import ROOT, sessions_of
@@ -103,6 +111,19 @@ def test_a_record_without_its_text_says_so_and_keeps_its_numbers(database: Datab
         named = session.get_one(Conversation, made["with_middle"])
         assert (named.title, named.initial_prompt) == ("Text removed", None)
         assert session.get_one(Conversation, made["with_pinned"]).title == "Of words"
+
+
+def test_a_text_that_is_written_anew_goes_as_well(database: Database) -> None:
+    with database.sessions() as session:
+        written = insert(session, created_at=MIDDLE, conversation_id=thread(session, NOW))
+        run(database, BOTH)
+        change_message(session, OWNER, written, MessageUpdate(response_content="A secret"))
+        again = history.get(session, OWNER, written)
+        assert (again.completion, again.text_removed_at) == ("A secret", None)
+        release(session)
+        assert run(database, BOTH).texts == 1
+        gone = history.get(session, OWNER, written)
+        assert (gone.completion, gone.text_removed_at is None) == ("", False)
 
 
 def test_what_went_is_not_found_by_its_words(database: Database) -> None:
