@@ -489,7 +489,8 @@ class Record(BaseModel):
 
 SEARCH_HELP = (
     'Words, in any script, whatever their case and accents; `"an exact phrase"`; the'
-    " beginning of a `word*`; `-without` a word or a phrase."
+    " beginning of a `word*`; `-without` a word or a phrase. Of answers from the cache only the"
+    " record is found whose text they show."
 )
 SNIPPET_HELP = (
     "With `q`, the text around the first match, as HTML: escaped, with matches inside `<mark>`."
