@@ -78,9 +78,14 @@ class Followed:
         wait_for(lambda: self.live.get(OWNER, self.id) is None)
         return self.generation.snapshot().finish_reason is FinishReason.CANCELLED
 
-    def end(self) -> None:
+    def end_others(self) -> None:
         for live in self.live.all():
-            live.generation.cancel()
+            if live.generation is not self.generation:
+                live.generation.cancel()
+
+    def end(self) -> None:
+        self.end_others()
+        self.generation.cancel()
         self.last_event.result()
         self.live.wait_until_none(20)
 
@@ -122,6 +127,7 @@ def test_a_text_is_in_its_row_before_its_end(refused: None, followed: Followed) 
     early = seen[-1]
     assert (early.status, early.completion != "") == (Status.IN_PROGRESS, True)
     assert early.completion_tokens > 0
+    followed.end_others()
     done = followed.last_event.result()
     assert done.data["generated_text"].startswith(early.prompt + early.completion)
 
