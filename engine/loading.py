@@ -282,7 +282,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def context_size(config: Any) -> int:
-    return int(getattr(config.get_text_config(), "max_position_embeddings", UNBOUNDED_CONTEXT))
+    """The most tokens of prompt and text that a model was made for."""
+    text = config.get_text_config()
+    own_name = getattr(text, "max_seq_len", UNBOUNDED_CONTEXT)  # MPT's
+    return int(getattr(text, "max_position_embeddings", own_name))
 
 
 def end_ids(loaded: TextGenerationPipeline) -> frozenset[int]:

@@ -4,14 +4,23 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig
 
 from engine import loading
-from engine.loading import ModelUnavailableError, choose_dtype, find_model, load_model
+from engine.loading import (
+    UNBOUNDED_CONTEXT,
+    ModelUnavailableError,
+    choose_dtype,
+    context_size,
+    find_model,
+    load_model,
+)
 from engine.naming import called
 from tests.engine.conftest import TINY
 
@@ -109,3 +118,16 @@ def test_a_download_that_ended_half_way_is_gone_on_with(
     with pytest.raises(ModelUnavailableError):
         find_model("some/sharded")
     assert asked == ["some/sharded"]
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (GPT2Config(n_positions=7), 7),
+        (LlamaConfig(max_position_embeddings=8), 8),
+        (MptConfig(max_seq_len=9), 9),
+        (BloomConfig(), UNBOUNDED_CONTEXT),
+    ],
+)
+def test_a_models_context_is_what_its_configuration_names(config: Any, tokens: int) -> None:
+    assert context_size(config) == tokens
