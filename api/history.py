@@ -42,11 +42,10 @@ def list_history(
         link_next_page(request, response, found[-1].id, after_score=str(score))
     elif more:
         link_next_page(request, response, found[-1].id)
-    items = [HistoryItem.model_validate(record) for record in found]
     if query.q is not None:
-        for item, record in zip(items, found, strict=True):
-            item.snippet = search.record_snippet(record, query.q)
-    return items
+        for record in found:
+            record.snippet = search.record_snippet(record, query.q)
+    return found
 
 
 @router.get(
@@ -59,7 +58,7 @@ def list_user_history(
     owner: Owner,
     user_id: UserId,
     page: Annotated[Page, Query()],
-) -> list[Record]:
+) -> list[HistoryItem]:
     """A user's records, most recent first; the last ten unless `limit` says otherwise."""
     query = HistoryQuery(user_id=user_id, limit=page.limit, after=page.after)
     found, more = history.page(session, owner, query)

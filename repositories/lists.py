@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Select, text
 from sqlalchemy.orm import Session
 
-from models import HistoryQuery, Record, Status
+from models import HistoryItem, HistoryQuery, Status
 from repositories import blocks, records, search
 from words import parse_search, record_marks
 
@@ -17,9 +17,9 @@ RECORD = records.TABLE.c
 Statement = TypeVar("Statement", bound=Select[Any])
 
 
-def page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[Record], bool]:
+def page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[HistoryItem], bool]:
     """A page of records, newest first or those that a search finds, and whether more follow."""
-    count, found = query.limit + 1, list[Record]()
+    count, found = query.limit + 1, list[HistoryItem]()
     look = newest if query.q is None else matches
     for above, below in blocks.id_ranges(session, query):
         found += look(session, owner_id, query, count - len(found), above, below)
@@ -30,7 +30,7 @@ def page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[Rec
 
 def newest(
     session: Session, owner_id: str, query: HistoryQuery, count: int, above: int, below: int | None
-) -> list[Record]:
+) -> list[HistoryItem]:
     """The newest records between two ids, at most ``count``."""
     statement = filtered(records.VIEW, query).where(RECORD.owner_id == owner_id, RECORD.id >= above)
     if below is not None:
@@ -40,11 +40,11 @@ def newest(
 
 def matches(
     session: Session, owner_id: str, query: HistoryQuery, count: int, above: int, below: int | None
-) -> list[Record]:
+) -> list[HistoryItem]:
     """The newest records between two ids with the words that a query asks for."""
     marks = record_marks(owner_id, query.user_id, query.status, query.model_name)
     asked = parse_search(query.q or ""), marks
-    found: list[Record] = []
+    found: list[HistoryItem] = []
     batch = count
     while len(found) < count:
         ids = search.hits(session, search.RECORDS, asked, batch, below, above - 1)
@@ -58,10 +58,10 @@ def matches(
     return found[:count]
 
 
-def as_answered(session: Session, statement: Select[Any]) -> Iterator[Record]:
+def as_answered(session: Session, statement: Select[Any]) -> Iterator[HistoryItem]:
     """What a statement on ``VIEW`` finds, newest first."""
     rows = session.execute(statement.order_by(RECORD.id.desc()))
-    return map(records.as_answered, rows)
+    return (records.as_answered(row, HistoryItem) for row in rows)
 
 
 def filtered(statement: Statement, query: HistoryQuery) -> Statement:

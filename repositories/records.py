@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Update, bindparam, select, update
 from sqlalchemy.orm import Session
@@ -28,6 +28,7 @@ ONE = (
     )
     .options(lazyload(GenerationRecord.source))
 )
+Answered = TypeVar("Answered", bound=Record)
 TABLE = GenerationRecord.__table__
 SOURCE = TABLE.alias("source")
 VIEW = select(  # of records as they are answered, without the costs of objects of the ORM
@@ -210,15 +211,15 @@ def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord | N
     return record
 
 
-def as_answered(row: Sequence[Any]) -> Record:
-    """A record from a row of ``VIEW``."""
+def as_answered(row: Sequence[Any], shape: type[Answered]) -> Answered:
+    """A record, or more than that, from a row of ``VIEW``."""
     record = dict(zip(VIEWED, row, strict=True))
     if record["source_id"] is not None:
         record |= {"prompt": record["source_prompt"], "completion": record["source_completion"]}
     record["generated_text"] = record["prompt"] + record["completion"]
     record["total_tokens"] = record["prompt_tokens"] + record["completion_tokens"]
     record["cached"] = record["source_id"] is not None
-    return Record.model_validate(record)
+    return shape.model_validate(record)
 
 
 def find(session: Session, owner_id: str | None, record_id: int) -> GenerationRecord | None:

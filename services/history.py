@@ -11,7 +11,7 @@ from database import release, transaction
 from engine.sampling import FinishReason
 from errors import ConflictError, NotFoundError
 from log import event
-from models import TERMINAL, GenerationRecord, HistoryQuery, Record
+from models import TERMINAL, GenerationRecord, HistoryItem, HistoryQuery, Record
 from reader import Reader
 from repositories import lists, records, removal
 from services import search
@@ -35,7 +35,7 @@ async def read(reader: Reader, owner_id: str, record_id: int) -> Record:
     row = await reader.row(records.SHOWN, owner_id=owner_id, record_id=record_id)
     if row is None:
         raise NotFoundError
-    return records.as_answered(row)
+    return records.as_answered(row, Record)
 
 
 def find(session: Session, owner_id: str | None, record_id: int) -> GenerationRecord:
@@ -46,7 +46,7 @@ def find(session: Session, owner_id: str | None, record_id: int) -> GenerationRe
     return record
 
 
-def page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[Record], bool]:
+def page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[HistoryItem], bool]:
     """A page, newest or best matches first, and whether more follow. Raises InvalidRequestError."""
     if query.order == "rank":
         return search.ranked_page(session, owner_id, query)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy.orm import Session
 
 from errors import InvalidRequestError
-from models import Conversation, GenerationRecord, HistoryQuery, Record
+from models import Conversation, GenerationRecord, HistoryItem, HistoryQuery, Record
 from repositories import conversations, lists
 from words import Term, is_match, parse_search, record_text, snippet, words
 
@@ -15,7 +15,9 @@ LENGTH_WEIGHT = 0.75
 USUAL_LENGTH = 100  # words
 
 
-def ranked_page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[Record], bool]:
+def ranked_page(
+    session: Session, owner_id: str, query: HistoryQuery
+) -> tuple[list[HistoryItem], bool]:
     """The best of the newest matches, and whether more follow. Raises InvalidRequestError."""
     everything = query.model_copy(update={"after": None, "limit": MOST_RANKED})
     found, _ = lists.page(session, owner_id, everything)

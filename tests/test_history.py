@@ -233,6 +233,7 @@ def test_a_users_history_is_the_last_ten(client: TestClient) -> None:
         made = [insert(session, user_id="of eleven") for _ in range(11)]
     answer = client.get("/users/of eleven/history")
     assert [record["id"] for record in answer.json()] == made[:0:-1]
+    assert answer.json()[0] == client.get(f"/history/{made[-1]}").json()
     rest = client.get(str(link(answer)))
     assert [record["id"] for record in rest.json()] == made[:1]
     assert link(rest) is None
