@@ -2,8 +2,9 @@
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Integer, LargeBinary, Text
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Integer, LargeBinary, Text, Uuid
 from sqlalchemy.dialects.mysql import DATETIME, LONGBLOB, LONGTEXT, VARBINARY
 from sqlalchemy.types import TypeDecorator
 
@@ -88,7 +89,11 @@ def whole(kept: Any) -> dict[str, Any]:
 
 
 class Hash(TypeDecorator[str]):
-    """32 hexadecimal digits, kept as the 16 bytes that they are."""
+    """32 hexadecimal digits, kept as the 16 bytes that they are.
+
+    PostgreSQL's type of such is that of UUIDs: of bytes it would keep the length as well, and
+    start each index's next column at a multiple of eight.
+    """
 
     impl = LargeBinary(16)
     cache_ok = True
@@ -96,13 +101,19 @@ class Hash(TypeDecorator[str]):
     def load_dialect_impl(self, dialect: Dialect) -> Any:
         if dialect.name in ("mysql", "mariadb"):
             return dialect.type_descriptor(VARBINARY(16))
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(Uuid())
         return dialect.type_descriptor(LargeBinary(16))
 
-    def process_bind_param(self, value: str | None, _: Dialect) -> bytes | None:
-        return None if value is None else bytes.fromhex(value)
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | UUID | None:
+        if value is None:
+            return None
+        return UUID(value) if dialect.name == "postgresql" else bytes.fromhex(value)
 
-    def process_result_value(self, value: bytes | None, _: Dialect) -> str | None:
-        return None if value is None else bytes(value).hex()
+    def process_result_value(self, value: bytes | UUID | None, _: Dialect) -> str | None:
+        if value is None:
+            return None
+        return value.hex if isinstance(value, UUID) else bytes(value).hex()
 
 
 # A prompt's or an output's text; the one place to change how such text is kept. MySQL's TEXT ends
@@ -110,6 +121,9 @@ class Hash(TypeDecorator[str]):
 StoredText = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
 
 Bytes = LargeBinary().with_variant(LONGBLOB(), "mysql", "mariadb")  # BLOB ends at 64 KiB too
+
+# Of requests in a day at most. (PostgreSQL keeps each number in all of its bytes.)
+Count = BigInteger().with_variant(Integer, "postgresql")
 
 Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by INTEGER alone
 

@@ -177,7 +177,7 @@ class Filling:
         run(session, self.rows.sql, [self.rows.bind(row) for row in batch])
         words = [(row["id"], search.stored(words_of(row), self.kind)) for row in batch]
         run(session, self.index_sql, words)
-        blocks.note(session, [(row["id"], row["created_at"]) for row in batch])
+        blocks.note(session, [blocks.Place.of(row) for row in batch])
 
 
 def add_up(sums: dict[usage.Key, usage.Sums], row: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def add(
     row |= {"owner_id": owner_id, "source_id": source.id}
     key: Any = session.connection().execute(INSERT, row).inserted_primary_key
     row["id"] = key.id
-    blocks.note(session, [(row["id"], row["created_at"])])
+    blocks.note(session, [blocks.Place.of(row)])
     keep_account(session, [row])
     record = GenerationRecord(**row)
     set_committed_value(record, "source", source)

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Mapped, Session, aliased
 
-from models import TERMINAL, Base, Conversation, GenerationRecord, RecordBlock
+from models import TERMINAL, Base, Conversation, GenerationRecord, ModelBlock, RecordBlock
 from repositories import search, usage
 from repositories.blocks import BITS
 
@@ -179,10 +179,24 @@ def unfound_by_time(session: Session) -> int:
     statement = (
         select(func.count())
         .select_from(GenerationRecord)
-        .outerjoin(block, block.block == GenerationRecord.id.bitwise_rshift(literal(BITS, Integer)))
+        .outerjoin(block, block.block == block_of_record())
         .where(outside)
     )
     return session.scalar(statement) or 0
+
+
+def unfound_by_model(session: Session) -> int:
+    """Records of a model that their block is not known to have records of."""
+    known = select(ModelBlock.block).where(
+        ModelBlock.owner_id == GenerationRecord.owner_id,
+        ModelBlock.model_name == GenerationRecord.model_name,
+        ModelBlock.block == block_of_record(),
+    )
+    return session.scalar(select(func.count(GenerationRecord.id)).where(~known.exists())) or 0
+
+
+def block_of_record() -> ColumnElement[int]:
+    return GenerationRecord.id.bitwise_rshift(literal(BITS, Integer))
 
 
 def unfound_by_words(session: Session) -> dict[str, int]:

@@ -21,7 +21,7 @@ def page(session: Session, owner_id: str, query: HistoryQuery) -> tuple[list[His
     """A page of records, newest first or those that a search finds, and whether more follow."""
     count, found = query.limit + 1, list[HistoryItem]()
     look = newest if query.q is None else matches
-    for above, below in blocks.id_ranges(session, query):
+    for above, below in blocks.id_ranges(session, owner_id, query):
         found += look(session, owner_id, query, count - len(found), above, below)
         if len(found) == count:
             break

@@ -73,7 +73,11 @@ def add_all(session: Session, found: Sequence[GenerationRecord]) -> None:
     """Insert records in progress; they have their ids on return."""
     session.add_all(found)
     session.flush()
-    blocks.note(session, [(record.id, record.created_at) for record in found])
+    blocks.note(session, [place_of(record) for record in found])
+
+
+def place_of(record: GenerationRecord) -> blocks.Place:
+    return blocks.Place(record.id, record.created_at, record.owner_id, record.model_name)
 
 
 class RecordEnd(NamedTuple):
@@ -251,6 +255,8 @@ def reopen(session: Session, record: GenerationRecord, **values: Any) -> bool:
     if changed(session, statement) != 1:
         return False
     search.drop(session, search.RECORDS, [record.id])
+    model_name = values.get("model_name", record.model_name)
+    blocks.note(session, [place_of(record)._replace(model_name=model_name)])
     return True
 
 

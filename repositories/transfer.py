@@ -159,7 +159,7 @@ class Ready(NamedTuple):
     """A row as its table takes it, and what the index and the sums are to have of it."""
 
     id: int
-    created_at: datetime
+    place: blocks.Place | None  # of a record
     row: Bound
     words: str | None
     usage: Bound | None
@@ -184,22 +184,23 @@ class Loading:
         self.usage = BulkInsert(table_of(UsageDelta), usage.NOTED, drivername)
 
     def ready(self, row: Values) -> Ready:
-        words, noted = None, None
+        words, noted, place = None, None, None
         if self.kind is Conversation:
             words = title_words(row["title"], row["owner_id"])
-        elif row["status"] in TERMINAL:
-            words = records.words_of(row)
-            noted = self.usage.bind(usage.noted(row))
+        else:
+            place = blocks.Place.of(row)
+            if row["status"] in TERMINAL:
+                words = records.words_of(row)
+                noted = self.usage.bind(usage.noted(row))
         words = words and search.stored(words, self.database_kind)
-        return Ready(row["id"], row["created_at"], self.rows.bind(row), words, noted)
+        return Ready(row["id"], place, self.rows.bind(row), words, noted)
 
     def add(self, session: Session, rows: Sequence[Ready]) -> None:
         """Insert them, let them be found by their words and times, and count them."""
         run(session, self.rows.sql, [row.row for row in rows])
         run(session, self.index_sql, [(row.id, row.words) for row in rows if row.words])
         run(session, self.usage.sql, [row.usage for row in rows if row.usage])
-        if self.kind is GenerationRecord:
-            blocks.note(session, [(row.id, row.created_at) for row in rows])
+        blocks.note(session, [row.place for row in rows if row.place])
 
 
 def go_on_after(session: Session, kind: type[Base], last_id: int) -> None:

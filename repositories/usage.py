@@ -43,6 +43,7 @@ COUNTED = (
 NOTED = ("owner_id", "user_id", "model_name", "created_at", *COUNTED, "duration_ms")
 # A literal: as a parameter, PostgreSQL would not know it again where rows are grouped.
 NOTED_USER = func.coalesce(UsageDelta.user_id, literal_column("''"))
+NARROW, NARROW_MARK = 1 << 16, b"\0"
 MOST_NAMED = 400  # hours, in one statement
 NOTE = insert(UsageDelta)
 # Its whole key: by the kind alone all sums would be read, which are by owner.
@@ -90,13 +91,16 @@ class Sums:
 
 
 def packed(sums: Sums) -> bytes:
-    """The values in order, then how often each was seen: 32 bits each."""
-    values, counts = sums.distribution()
-    return struct.pack(f"<{2 * len(values)}I", *values, *counts)
+    """The values in order, then how often each was seen: 32 bits each, or 16 after a zero byte."""
+    numbers = [number for part in sums.distribution() for number in part]
+    if max(numbers, default=0) < NARROW:
+        return NARROW_MARK + struct.pack(f"<{len(numbers)}H", *numbers)
+    return struct.pack(f"<{len(numbers)}I", *numbers)
 
 
 def unpacked(content: bytes) -> tuple[Sequence[int], Sequence[int]]:
-    numbers = array("I", content)
+    narrow = len(content) % 2 == 1
+    numbers = array("H", content[1:]) if narrow else array("I", content)
     if sys.byteorder == "big":
         numbers.byteswap()
     half = len(numbers) // 2

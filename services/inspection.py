@@ -67,6 +67,11 @@ def times(database: Database) -> list[str]:
         return counted(checks.unfound_by_time(session), "records are not found by their times")
 
 
+def models(database: Database) -> list[str]:
+    with database.sessions() as session:
+        return counted(checks.unfound_by_model(session), "records are not found by their models")
+
+
 def search_index(database: Database) -> list[str]:
     with database.sessions() as session:
         found = checks.unfound_by_words(session)
@@ -118,6 +123,7 @@ LOOKS = {
     "rows": rows,
     "links": links,
     "times": times,
+    "models": models,
     "search index": search_index,
     "sums": sums,
     "states": states,

@@ -99,6 +99,14 @@ def test_records_that_no_time_leads_to_are_counted(database: Database, loss: str
     assert found(database) == ["2 records are not found by their times"]
 
 
+def test_records_that_no_model_leads_to_are_counted(database: Database) -> None:
+    with database.sessions() as session:
+        for model_name in ("gpt2", "gpt2", "tiny-gpt2"):
+            insert(session, model_name=model_name)
+    plant(database, "DELETE FROM model_blocks WHERE model_name = 'gpt2'")
+    assert found(database) == ["2 records are not found by their models"]
+
+
 def test_what_no_search_finds_is_counted(database: Database) -> None:
     fill(database)  # of its records, one is in progress
     for index in ("record_search", "title_search"):

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from models import Conversation, ConversationQuery, GenerationRecord, HistoryQuery, Status
-from repositories import blocks, conversations, lists
+from repositories import blocks, conversations, lists, records
 from tests.prepared import prepared_database
 from tests.test_history import NOON, OWNER, ids, insert
 
@@ -60,7 +60,7 @@ def fill(session: Session) -> None:
     with transaction(session):
         session.connection().execute(insert_into(Conversation), conversation_rows())
         session.connection().execute(insert_into(GenerationRecord), rows)
-        blocks.note(session, [(made["id"], made["created_at"]) for made in rows])
+        blocks.note(session, [blocks.Place.of(made) for made in rows])
     analyze(session, "generation_records, conversations")
 
 
@@ -179,7 +179,7 @@ def test_a_list_without_its_index_would_be_seen(filled: Database, unordered: str
 def test_a_time_far_back_is_found_within_its_block(filled: Database) -> None:
     with filled.sessions() as session:
         query = HistoryQuery(**FILTERS["within"], limit=100)
-        assert list(blocks.id_ranges(session, query)) == [(0, 4096)]
+        assert list(blocks.id_ranges(session, OWNER, query)) == [(0, 4096)]
         found, more = lists.page(session, OWNER, query)
         made = [record.created_at for record in found]
         assert made == [NOON + timedelta(minutes=599 - n) for n in range(99)]
@@ -213,3 +213,31 @@ def test_times_are_found_in_more_blocks_than_are_read_at_once(session: Session) 
     assert ids(session, created_before=later) == made[::-1]
     assert ids(session, created_before=later, q="once") == made[::-1]
     assert ids(session, created_before=later, after=made[12]) == made[11::-1]
+
+
+def test_a_model_is_found_in_its_blocks_alone(session: Session) -> None:
+    """Whoever else has the same model, and whatever models the others' blocks have."""
+    made = {}
+    for block in range(1, 21):
+        name = "rare" if block % 5 == 0 else "usual"
+        made[block] = insert(session, id=block << blocks.BITS, model_name=name, created_at=NOON)
+        insert(session, "another", id=(block << blocks.BITS) + 1, model_name="rare")
+    rare = HistoryQuery(model_name="rare")
+    looked = [above >> blocks.BITS for above, _ in blocks.id_ranges(session, OWNER, rare)]
+    assert looked == [20, 15, 10, 5]
+    assert ids(session, model_name="rare") == [made[block] for block in (20, 15, 10, 5)]
+    assert ids(session, model_name="rare", after=made[15]) == [made[10], made[5]]
+    assert ids(session, model_name="rare", status=Status.COMPLETED)[-1] == made[5]
+    assert ids(session, model_name="rare", created_before=NOON) == []
+    assert len(ids(session, model_name="usual")) == 16
+    assert ids(session, model_name="nobody's") == []
+
+
+def test_a_record_that_is_run_again_is_found_by_the_model_that_does_so(session: Session) -> None:
+    record = insert(session, status=Status.INCOMPLETE, model_name="before")
+    found = session.get_one(GenerationRecord, record)
+    session.rollback()
+    with transaction(session):
+        assert records.reopen(session, found, model_name="after")
+    assert ids(session, model_name="after") == [record]
+    assert ids(session, model_name="before") == []
