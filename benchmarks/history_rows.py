@@ -11,12 +11,12 @@ from datetime import UTC, date, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import insert, text
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from column_types import USUAL
 from database import Database, transaction
-from models import LOCAL_OWNER, GenerationRecord, Status, Usage
+from models import LOCAL_OWNER, GenerationRecord, Status
 from repositories import blocks, search, space, transfer, usage
 from repositories.bulk import BulkInsert, insertion_sql, run
 from words import record_marks
@@ -111,11 +111,11 @@ def fill(database: Database, count: int) -> None:
                     filling.put(session, batch)
                     for row in batch:
                         if row["created_at"].date() != today:  # the sums of a day are final
-                            put_sums(session, sums)
+                            usage.add_to_sums(session, sums)
                             sums, today = {}, row["created_at"].date()
                         add_up(sums, row)
         with transaction(session):
-            put_sums(session, sums)
+            usage.add_to_sums(session, sums)
         build(session, aside)
         settle(session, count)
     database.engine.dispose()  # and so the hurry ends
@@ -185,15 +185,6 @@ def add_up(sums: dict[usage.Key, usage.Sums], row: dict[str, Any]) -> None:
     ended = SimpleNamespace(**row, requests=1, failures=failures, cancelled=0, cached=0)
     for key in usage.keys_of(ended):
         sums.setdefault(key, usage.Sums()).add(ended)
-
-
-def put_sums(session: Session, sums: dict[usage.Key, usage.Sums]) -> None:
-    totals = [
-        key._asdict() | found.counts | {"latencies": usage.packed(found)}
-        for key, found in sums.items()
-    ]
-    if totals:
-        session.connection().execute(insert(Usage), totals)
 
 
 def settle(session: Session, count: int) -> None:

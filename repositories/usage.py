@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     ColumnElement,
     Row,
+    bindparam,
     delete,
     func,
     insert,
@@ -46,10 +47,6 @@ NOTED_USER = func.coalesce(UsageDelta.user_id, literal_column("''"))
 NARROW, NARROW_MARK = 1 << 16, b"\0"
 MOST_NAMED = 400  # hours, in one statement
 NOTE = insert(UsageDelta)
-# Its whole key: by the kind alone all sums would be read, which are by owner.
-TURN = select(Usage.kind).where(
-    Usage.owner_id == "", Usage.kind == UsageKind.LOCK, Usage.hour == 0, Usage.name == ""
-)
 
 
 class Key(NamedTuple):
@@ -59,6 +56,24 @@ class Key(NamedTuple):
     kind: str
     hour: int
     name: str
+
+
+OLDEST = select(UsageDelta.__table__).order_by(UsageDelta.id)
+TAKE_OUT = delete(UsageDelta).where(UsageDelta.id.in_(bindparam("ids", expanding=True)))
+KEPT_SUMS = select(Usage.__table__).where(
+    Usage.owner_id == bindparam("owner_id"),
+    Usage.kind == bindparam("kind"),
+    Usage.hour == bindparam("hour"),
+    Usage.name.in_(bindparam("names", expanding=True)),
+)
+ADD_SUM = insert(Usage)
+CHANGE_SUM = update(Usage).where(
+    *[getattr(Usage, name) == bindparam(f"of_{name}") for name in Key._fields]
+)
+# Its whole key: by the kind alone all sums would be read, which are by owner.
+TURN = select(Usage.kind).where(
+    Usage.owner_id == "", Usage.kind == UsageKind.LOCK, Usage.hour == 0, Usage.name == ""
+)
 
 
 class Sums:
@@ -137,20 +152,13 @@ def fold(session: Session, count: int) -> int:
     """
     if session.scalar(TURN.with_for_update(skip_locked=True)) is None:
         return 0
-    deltas = session.scalars(select(UsageDelta).order_by(UsageDelta.id).limit(count)).all()
+    deltas = session.execute(OLDEST.limit(count)).all()
     sums: dict[Key, Sums] = {}
     for delta in deltas:
         for key in keys_of(delta):
             sums.setdefault(key, Sums()).add(delta)
-    for key, found in sums.items():
-        add_to(session, key, found)
-    session.flush()
-    session.execute(
-        delete(UsageDelta)
-        .where(UsageDelta.id.in_([delta.id for delta in deltas]))
-        .execution_options(synchronize_session=False)
-    )
-    session.expunge_all()
+    add_to_sums(session, sums)
+    session.connection().execute(TAKE_OUT, {"ids": [delta.id for delta in deltas]})
     return len(deltas)
 
 
@@ -174,15 +182,35 @@ def keys_of(delta: Any) -> list[Key]:
     ]
 
 
-def add_to(session: Session, key: Key, sums: Sums) -> None:
-    found = session.get(Usage, tuple(key))
-    if found is None:
-        session.add(Usage(**key._asdict(), **sums.counts, latencies=packed(sums)))
-    else:
-        for name in COUNTED:
-            setattr(found, name, getattr(found, name) + sums.counts[name])
-        sums.packed.append(found.latencies)
-        found.latencies = packed(sums)
+def add_to_sums(session: Session, added: Mapping[Key, Sums]) -> None:
+    """What is new in one statement, what was there in another, however much is added."""
+    known = kept(session, added)
+    new: list[Any] = []
+    changed: list[Any] = []
+    for key, sums in added.items():
+        if key in known:
+            sums.add(known[key], known[key].latencies)
+        values = sums.counts | {"latencies": packed(sums)}
+        if key in known:
+            changed.append({f"of_{name}": part for name, part in key._asdict().items()} | values)
+        else:
+            new.append(key._asdict() | values)
+    for statement, rows in ((ADD_SUM, new), (CHANGE_SUM, changed)):
+        if rows:
+            session.connection().execute(statement, rows)
+
+
+def kept(session: Session, keys: Iterable[Key]) -> dict[Key, Row[Any]]:
+    """Those sums that are there."""
+    names: dict[tuple[str, str, int], list[str]] = {}
+    for owner_id, kind, hour, name in keys:
+        names.setdefault((owner_id, kind, hour), []).append(name)
+    found: dict[Key, Row[Any]] = {}
+    for (owner_id, kind, hour), some in names.items():
+        asked = {"owner_id": owner_id, "kind": kind, "hour": hour, "names": some}
+        for row in session.execute(KEPT_SUMS, asked):
+            found[Key(owner_id, kind, hour, row.name)] = row
+    return found
 
 
 def between(

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -87,6 +88,27 @@ def test_every_ending_is_counted_at_once_and_once(session: Session, folder: Usag
             "max": 5000,
         }
         folder.tick()
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "size"), [([], 1), ([65_535, 7], 9), ([65_536, 7], 16), ([7] * 65_536, 8)]
+)
+def test_milliseconds_take_the_bytes_that_they_need(milliseconds: list[int], size: int) -> None:
+    sums = usage.Sums()
+    sums.latencies = milliseconds
+    kept = usage.packed(sums)
+    values, counts = usage.unpacked(kept)
+    assert dict(zip(values, counts, strict=True)) == Counter(milliseconds)
+    assert list(values) == sorted(values)
+    assert len(kept) == size
+
+
+def test_sums_that_were_kept_with_more_bytes_are_added_to() -> None:
+    kept = usage.Sums()
+    kept.packed = [struct.pack("<4I", 7, 65_536, 1, 2), struct.pack("<2I", 7, 3)]
+    kept.latencies = [8]
+    values, counts = usage.unpacked(usage.packed(kept))
+    assert dict(zip(values, counts, strict=True)) == {7: 4, 8: 1, 65_536: 2}
 
 
 def test_what_is_deleted_stays_counted(session: Session, folder: UsageFolder) -> None:
