@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
@@ -21,6 +22,17 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Whoever is started in the block never hears of Ctrl-C: it is for the process that waits."""
+    resource_tracker.ensure_running()  # to start it later would let the signal in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Helper:
     """Answers one question at a time by what ``make(*given)`` makes there.
 
@@ -32,7 +44,8 @@ class Helper:
         spawning = multiprocessing.get_context("spawn")  # a fork would share our connections
         self.pipe, theirs = spawning.Pipe()
         self.process = spawning.Process(target=serve, args=(theirs, make, given), daemon=True)
-        self.process.start()
+        with uninterrupted():
+            self.process.start()
         theirs.close()
         self.is_ready = False
         self.is_asked = False
@@ -68,7 +81,6 @@ class Helper:
 
 
 def serve(pipe: Connection, make: Callable[..., Answering], given: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for us
     # The other end is gone, or something is wrong, which who asked finds out by doing without.
     with contextlib.suppress(Exception):
         answering = make(*given)

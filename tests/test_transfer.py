@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -651,6 +652,16 @@ def test_the_second_process_ends_with_the_first() -> None:
     helper.pipe.close()
     helper.process.join(60)
     assert helper.process.exitcode == 0
+
+
+def test_the_second_process_is_not_told_of_an_interruption() -> None:
+    with Helper(arriving.preparing, "sqlite") as helper:
+        assert helper.process.pid is not None
+        os.kill(helper.process.pid, signal.SIGINT)  # while it starts
+        assert helper.pipe.poll(60)
+        os.kill(helper.process.pid, signal.SIGINT)
+        helper.ask([b""])
+        assert helper.answer() == [None]
 
 
 def test_a_second_process_that_cannot_do_it_only_falls_silent() -> None:
