@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import log
 from database import FAILURES, Database, kind
 from errors import CommandError, ServiceError, StartError
-from models import LOCAL_OWNER, HistoryQuery, Record, StatisticsQuery, Status
+from models import (
+    LOCAL_OWNER,
+    HistoryQuery,
+    Record,
+    StatisticsQuery,
+    Status,
+    refuse_unstorable,
+)
 from services import (
     backup,
     cache,
@@ -49,8 +57,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def checked_name(given: str | None) -> str | None:
+    """Of an owner or a user. Raises BadParameter for what can be nobody's."""
+    if given == "":
+        raise typer.BadParameter("A name has at least one character")
+    try:
+        refuse_unstorable(given)
+    except PydanticCustomError as error:  # bytes that are no text where this process runs
+        raise typer.BadParameter(error.message()) from None
+    return given
+
+
 OwnerOption = Annotated[
-    str | None, typer.Option("--owner", help="Only what belongs to this owner; else everything.")
+    str | None,
+    typer.Option(
+        "--owner", help="Only what belongs to this owner; else everything.", callback=checked_name
+    ),
 ]
 
 
@@ -109,25 +132,27 @@ def show(id: Annotated[int, typer.Argument(min=1, max=LAST_ID)], owner: OwnerOpt
     """Print one record as JSON."""
     with opened() as database, database.sessions() as session:
         record = Record.model_validate(history.find(session, owner, id))
-    typer.echo(record.model_dump_json(indent=2))
+    print_json(record, indent=2)
 
 
 @app.command()
 def search(
     words: Annotated[str, typer.Argument(help='Words, "exact phrases", a beginning*, -without.')],
-    owner: Annotated[str, typer.Option(help="Whose records.")] = LOCAL_OWNER,
+    owner: Annotated[str, typer.Option(help="Whose records.", callback=checked_name)] = LOCAL_OWNER,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 10,
 ) -> None:
     """Print the newest records that hold certain words. As JSON, one a line."""
     with opened() as database, database.sessions() as session:
         found, _ = history.page(session, owner, asked(q=words, limit=limit))
         for record in found:
-            typer.echo(Record.model_validate(record).model_dump_json())
+            print_json(Record.model_validate(record))
 
 
 @app.command()
 def stats(
-    owner: Annotated[str, typer.Option(help="Whose requests.")] = LOCAL_OWNER,
+    owner: Annotated[
+        str, typer.Option(help="Whose requests.", callback=checked_name)
+    ] = LOCAL_OWNER,
     bucket: Annotated[Bucket, typer.Option(help="A line for each of these.")] = Bucket.ALL,
     by: Annotated[By | None, typer.Option(help="A line for each model, or user.")] = None,
 ) -> None:
@@ -135,7 +160,7 @@ def stats(
     query = StatisticsQuery.model_validate({"bucket": bucket, "by": by})
     with opened() as database, database.sessions() as session:
         for line in statistics.statistics(session, owner, query):
-            typer.echo(line.model_dump_json())
+            print_json(line)
 
 
 @app.command("export")
@@ -244,7 +269,8 @@ def remove_old(
 
 @app.command()
 def erase(
-    user: Annotated[str, typer.Argument(help="A `user_id`.")], owner: OwnerOption = None
+    user: Annotated[str, typer.Argument(help="A `user_id`.", callback=checked_name)],
+    owner: OwnerOption = None,
 ) -> None:
     """Delete every record of a user.
 
@@ -299,6 +325,11 @@ def asked(**filters: object) -> HistoryQuery:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CommandError(f"{first['loc'][0]}: {first['msg']}") from None
+
+
+def print_json(shown: BaseModel, indent: int | None = None) -> None:
+    """In UTF-8, as an export is, wherever it is printed."""
+    typer.echo(shown.model_dump_json(indent=indent).encode())
 
 
 def say(line: str) -> None:

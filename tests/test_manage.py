@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -16,8 +17,10 @@ import pytest
 
 import manage
 from database import Database
+from services.statistics import UsageFolder
 from tests.service import ROOT, Server
 from tests.test_history import NOON, insert
+from tests.test_transfer import record
 
 
 class Command:
@@ -125,13 +128,50 @@ def test_what_cannot_be_done_is_one_line(
     assert "\n" not in ended
 
 
-@pytest.mark.parametrize("arguments", [("show", "9" * 20), ("show", "0"), ("import", "/")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "9" * 20),
+        ("show", "0"),
+        ("import", "/"),
+        ("erase", ""),
+        ("erase", "\udcff"),  # as Python has bytes that are no text where it runs
+        ("show", "1", "--owner", "\udcff"),
+        ("search", "once", "--owner", "\udcff"),
+        ("stats", "--owner", ""),
+    ],
+)
 def test_an_argument_that_cannot_be_is_said_to_be(
     command: Command, url: str, arguments: tuple[str, ...]
 ) -> None:
     Database(url).migrate()
     assert command(url, *arguments) == 2
     assert b"Invalid value for" in command.capture.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("show", "1"), ("search", "zoë")])
+def test_json_is_utf_8_wherever_it_is_printed(url: str, arguments: tuple[str, ...]) -> None:
+    database = Database(url)
+    database.migrate()
+    with database.sessions() as session:
+        insert(session, prompt="Zoë sagt 你好")
+    database.close()
+    line = [sys.executable, "-m", "manage", *arguments]
+    environment = os.environ | {"DATABASE_URL": url, "PYTHONIOENCODING": "latin-1"}
+    found = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True)
+    assert json.loads(found.stdout)["prompt"] == "Zoë sagt 你好", found.stderr
+
+
+def test_requests_without_a_user_are_nobodys_to_erase(command: Command, url: str) -> None:
+    Database(url).migrate()
+    now = datetime.now(UTC).isoformat()
+    command.done(url, "import", stdin=json.dumps(record(created_at=now)).encode())
+    database = Database(url)
+    UsageFolder(database).tick()
+    database.close()
+    counted = command.done(url, "stats", "--by", "user")
+    assert command(url, "erase", "") == 2
+    assert command.done(url, "stats", "--by", "user") == counted != b""
 
 
 def test_a_database_that_fails_in_the_middle_is_one_line(command: Command, url: str) -> None:
