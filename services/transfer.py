@@ -113,7 +113,7 @@ def through_noted(note: Path, asked: Note) -> int:
 def write_note(note: Path, content: Note) -> None:
     """All of it or nothing, and before any line: a file without a note passes for whole."""
     draft = note.with_name(note.name + ".new")
-    draft.write_text(content.model_dump_json())
+    draft.write_bytes(content.model_dump_json().encode())
     make_durable(draft)
     draft.rename(note)
     make_durable(note.absolute().parent)

@@ -162,6 +162,17 @@ def test_json_is_utf_8_wherever_it_is_printed(url: str, arguments: tuple[str, ..
     assert json.loads(found.stdout)["prompt"] == "Zoë sagt 你好", found.stderr
 
 
+def test_an_export_notes_its_filters_in_whatever_locale(url: str, tmp_path: Path) -> None:
+    Database(url).migrate()
+    out = tmp_path / "history.ndjson"
+    given = ["manage", "export", "--user-id", "Zo\xeb", "--out", str(out)]
+    line = [sys.executable, "-c", f"import sys, manage; sys.argv = {given!a}; manage.main()"]
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = os.environ | {"DATABASE_URL": url} | ascii_alone
+    found = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True)
+    assert (found.returncode, found.stderr, out.read_bytes()) == (0, b"", b"")
+
+
 def test_requests_without_a_user_are_nobodys_to_erase(command: Command, url: str) -> None:
     Database(url).migrate()
     now = datetime.now(UTC).isoformat()
