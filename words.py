@@ -42,6 +42,7 @@ ALONE = (
     (0xAC00, 0xD7A3),  # Hangul
     (0x20000, 0x3FFFF),
 )
+VOICING = "\uff9e\uff9f"  # of half-width kana
 QUOTES = str.maketrans("\u201c\u201d\u201e\uff02", '""""')
 TERM = re.compile(r'(-?)(?:"([^"]*)"|([^\s"]+))')
 
@@ -208,7 +209,7 @@ def located(text: str, place: int = 0) -> Iterator[tuple[str, int, int]]:
     word, start, end = "", 0, 0
     while place < len(text):
         after = whole(text, place + 1)
-        for part in FOLDING[ord(text[place])]:
+        for part in folded(text[place:after]):
             if part != " ":
                 start = start if word else place
                 word, end = word + part, after
@@ -220,9 +221,16 @@ def located(text: str, place: int = 0) -> Iterator[tuple[str, int, int]]:
         yield word[:LONGEST_WORD], start, end
 
 
+def folded(character: str) -> str:
+    """With what belongs to it, if anything: half-width kana become one with their voicing."""
+    if len(character) == 1:
+        return FOLDING[ord(character)]
+    return unicodedata.normalize("NFKC", character).translate(FOLDING)
+
+
 def whole(text: str, place: int) -> int:
-    """The next place that is not between a character and its accents."""
-    while place < len(text) and not FOLDING[ord(text[place])]:
+    """The next place that is not between a character and its accents, or its voicing."""
+    while place < len(text) and (not FOLDING[ord(text[place])] or text[place] in VOICING):
         place += 1
     return place
 

@@ -466,6 +466,7 @@ def test_a_snippet_is_safe_html_around_the_first_match() -> None:
     assert snippet("世界大学", parse_search("大学")) == "世界<mark>大学</mark>"
     assert snippet("Cafe\u0301!", parse_search("cafe")) == "<mark>Café</mark>!"
     assert snippet("замо\u0301, а", parse_search("замо")) == "<mark>замо\u0301</mark>, а"
+    assert snippet("ﾃﾞｰﾀ ﾃｽﾄ", parse_search("データ")) == "<mark>ﾃﾞｰﾀ</mark> ﾃｽﾄ"
     assert snippet("a🐉\ufe0f b", parse_search("🐉")) == "a<mark>🐉\ufe0f</mark> b"
     assert snippet("a" + "x\u0302" * 300, parse_search("zebra")) == "a" + "x\u0302" * 80 + "…"
 
