@@ -22,25 +22,21 @@ DUMP_END = b"-- Dump completed"  # mysqldump writes it when all is written
 
 def dump(url: URL, target: Path) -> None:
     """Raises CommandError unless the dump is whole."""
-    try:
-        if url.get_backend_name() == "postgresql":
-            run(url, "pg_dump", "--format=custom", "--no-owner", f"--file={target}", location(url))
-            read_through(url, target)
-        else:
-            run(
-                url,
-                program("mysqldump", "mariadb-dump"),
-                *mysql_options(url),
-                "--single-transaction",
-                "--quick",
-                "--no-tablespaces",
-                f"--result-file={target}",
-                str(url.database),
-            )
-            expect_end(target)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
+    if url.get_backend_name() == "postgresql":
+        run(url, "pg_dump", "--format=custom", "--no-owner", f"--file={target}", location(url))
+        read_through(url, target)
+        return
+    run(
+        url,
+        program("mysqldump", "mariadb-dump"),
+        *mysql_options(url),
+        "--single-transaction",
+        "--quick",
+        "--no-tablespaces",
+        f"--result-file={target}",
+        str(url.database),
+    )
+    expect_end(target)
 
 
 def load(url: URL, source: Path) -> None:

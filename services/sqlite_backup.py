@@ -23,7 +23,6 @@ def copy(file: Path, target: Path, progress: Progress) -> None:
             source.execute("BEGIN")
             copy_state(source, target, progress)
     except sqlite3.Error as error:
-        target.unlink(missing_ok=True)
         raise CommandError(f"{file} could not be copied ({error})") from error
 
 
@@ -35,8 +34,9 @@ def copy_backup(file: Path, target: Path, progress: Progress) -> None:
         with closing(read_only(file, "&immutable=1")) as source:
             copy_state(source, target, progress)
     except sqlite3.Error as error:
-        target.unlink(missing_ok=True)
-        raise CommandError(f"{file} is no whole backup of a SQLite file ({error})") from error
+        full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL  # not its fault
+        verdict = "could not be copied" if full else "is no whole backup of a SQLite file"
+        raise CommandError(f"{file} {verdict} ({error})") from error
 
 
 def read_only(file: Path, options: str = "") -> sqlite3.Connection:

@@ -1,5 +1,7 @@
 """A backup is whole, replaces nothing, and holds what was stored before it began."""
 
+import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from benchmarks.promises import broken
 from database import Database
 from errors import CommandError
 from models import Status
-from services import backup, history, server_backup
+from services import backup, history, server_backup, sqlite_backup
 from services.leases import LeaseKeeper
 from tests.databases import KINDS, fresh_database, server_url
 from tests.test_history import insert
@@ -78,6 +80,62 @@ def test_nothing_that_is_there_is_replaced(database: Database, tmp_path: Path) -
         backup.restore(database, file, nothing)
     assert file.read_bytes() == kept
     assert exported(database) == before
+
+
+def test_two_backups_at_once_to_one_file_are_one(database: Database, tmp_path: Path) -> None:
+    file = tmp_path / "backup"
+    with backup.drafted(file) as draft:  # as another process has it
+        with pytest.raises(CommandError, match="another process writes"):
+            backup.back_up(database, file, nothing)
+        draft.write_bytes(b"whole")
+    assert file.read_bytes() == b"whole"
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "records.db"
+    with pytest.raises(CommandError, match="is there already"), backup.drafted(file):
+        file.write_bytes(b"of a service")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"of a service"]
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_of_a_backup_that_was_interrupted_or_killed_nothing_stays(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(database)
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        for name in ("read_through", "expect_end"):
+            patch.setattr(server_backup, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backup.back_up(database, folder / "backup", interrupted)
+    assert list(folder.iterdir()) == []
+    with (folder / "backup.partial").open("wb") as left:  # by one that was killed
+        backup.back_up(database, folder / "backup", nothing)
+        whole = (folder / "backup").read_bytes()
+        left.write(b"more")  # by a program that the killed one had started
+    assert [path.name for path in folder.iterdir()] == ["backup"]
+    assert (folder / "backup").read_bytes() == whole
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_full_disk_is_no_fault_of_a_backup(
+    database: Database, empty: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object, target: Path, __: object) -> None:
+        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as connection:
+            connection.execute("PRAGMA max_page_count=1")
+            connection.execute("CREATE TABLE too_much (x)")
+
+    backup.back_up(database, tmp_path / "backup", nothing)
+    monkeypatch.setattr(sqlite_backup, "copy_state", full)
+    with pytest.raises(CommandError, match=r"could not be copied \(database or disk is full\)$"):
+        backup.restore(empty, tmp_path / "backup", nothing)
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 def test_a_backup_that_is_cut_short_is_refused(
