@@ -40,6 +40,8 @@ def normalise_url(url: str) -> URL:
         raise ArgumentError("a driver that encrypts is meant, and would not be used")
     parsed = parsed.set(drivername=driver)
     if parsed.get_backend_name() in MYSQL:
+        if not parsed.database:
+            raise ArgumentError("no database is named, and MySQL has none of a user's own")
         parsed = parsed.update_query_dict({"charset": "utf8mb4"})
     return parsed
 

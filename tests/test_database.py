@@ -85,6 +85,8 @@ def test_parts_of_a_url_are_kept() -> None:
         "oracle+oracledb://h/d",
         "mssql+pyodbc://h/d",
         "nothing://h/d",
+        "mysql://user@host",
+        "mariadb://user@host/",
     ],
 )
 def test_a_url_that_keeps_nothing_is_one_clear_line(url: str) -> None:
