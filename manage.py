@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, TextIO
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -58,15 +58,15 @@ app = typer.Typer(
 )
 
 
-def checked_name(given: str | None) -> str | None:
+def checked_name(name: str | None) -> str | None:
     """Of an owner or a user. Raises BadParameter for what can be nobody's."""
-    if given == "":
+    if name == "":
         raise typer.BadParameter("A name has at least one character")
     try:
-        refuse_unstorable(given)
+        refuse_unstorable(name)
     except PydanticCustomError as error:  # bytes that are no text where this process runs
         raise typer.BadParameter(error.message()) from None
-    return given
+    return name
 
 
 OwnerOption = Annotated[
@@ -191,7 +191,7 @@ def export_history(
     )
     with opened() as database, progress_bar("export") as progress:
         if out is None:
-            transfer.export_to(database, sys.stdout.buffer, owner, query, progress)
+            transfer.export_to(database, given(sys.stdout, "output"), owner, query, progress)
         else:
             transfer.export_file(database, out, owner, query, progress)
 
@@ -313,10 +313,17 @@ def check(
 @contextlib.contextmanager
 def source(file: Path | None) -> Iterator[tuple[BinaryIO, int]]:
     if file is None:
-        yield sys.stdin.buffer, 0
+        yield given(sys.stdin, "input"), 0
         return
     with file.open("rb") as opened_file:
         yield opened_file, file.stat().st_size
+
+
+def given(stream: TextIO | None, name: str) -> BinaryIO:
+    """A process may be started without. Raises CommandError."""
+    if stream is None:
+        raise CommandError(f"standard {name} is closed")
+    return stream.buffer
 
 
 def asked(**filters: object) -> HistoryQuery:
@@ -358,7 +365,7 @@ def main() -> None:
 
 def drop_output() -> None:
     """What standard output did not take would be tried, and fail, once more at the end."""
-    with contextlib.suppress(io.UnsupportedOperation):  # not a real file
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError):  # not a real file, or none
         out = sys.stdout.fileno()
         os.dup2(os.open(os.devnull, os.O_WRONLY), out)
 

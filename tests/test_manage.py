@@ -214,6 +214,22 @@ def test_output_that_does_not_fit_is_one_line(url: str, arguments: str) -> None:
     assert (found.returncode, found.stderr) == (1, b"No space left on device\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("export >&-", b"standard output is closed\n"),
+        ("import <&-", b"standard input is closed\n"),
+        ("export --out /nowhere/x >&-", b"/nowhere/x: No such file or directory\n"),
+    ],
+)
+def test_a_stream_that_is_closed_is_one_line(url: str, arguments: str, said: bytes) -> None:
+    Database(url).migrate()
+    line = f'"{sys.executable}" -m manage {arguments}'
+    environment = os.environ | {"DATABASE_URL": url}
+    found = subprocess.run(line, shell=True, cwd=ROOT, env=environment, capture_output=True)
+    assert (found.returncode, found.stderr) == (1, said)
+
+
 def test_a_database_that_is_not_there_is_not_made_by_looking(
     command: Command, url: str, tmp_path: Path
 ) -> None:
