@@ -172,8 +172,7 @@ class Known:
         conversations = {row.id for row in rows if row.kind is Conversation}
         threads = {row.conversation_id for row in rows if row.conversation_id is not None}
         sources = {row.source_id for row in rows if row.source_id is not None}
-        self.texts = {row.id: text_of(row) for row in rows if row.id in sources}
-        self.texts |= transfer.texts(session, sources)
+        self.texts = transfer.texts(session, sources)
         self.rows = {
             GenerationRecord: transfer.known(session, GenerationRecord, records | sources),
             Conversation: transfer.known(session, Conversation, conversations | threads),
@@ -191,7 +190,10 @@ class Known:
             raise BrokenLineError(f"another row has its id, {row.id}")
         self.check_thread(row)
         self.rows[row.kind][row.id] = row.identity
-        return self.linked_or_own(row)
+        ready = self.linked_or_own(row)
+        if row.text is not None and ready is row.ready:  # others may show this text
+            self.texts[row.id] = row.owner_id, *row.text
+        return ready
 
     def linked_or_own(self, row: Arriving) -> transfer.Ready:
         """An answer from the cache holds no text where its source, with that text, is there."""
@@ -208,10 +210,3 @@ class Known:
         owner, _ = self.rows[Conversation].get(thread, (None, None))
         if owner != row.owner_id:
             raise BrokenLineError(f"its conversation, {thread}, is not there")
-
-
-def text_of(row: Arriving) -> tuple[str, str, str] | None:
-    """Owner, prompt and completion of a record that is no answer from the cache."""
-    if row.text is None or row.source_id is not None:
-        return None
-    return row.owner_id, *row.text

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from database import Database, transaction
 from errors import CommandError, StorageUnavailableError
 from models import Base, Conversation, GenerationRecord, HistoryQuery, Status
-from repositories import cached, conversations, records, removal
+from repositories import cached, checks, conversations, records, removal
 from repositories.transfer import LEFT
 from services import arriving, importing, transfer
 from services.helper import Helper
@@ -580,6 +580,19 @@ def test_an_answer_whose_source_stayed_behind_has_its_own_text(database: Databas
         "Es war einmal",
         None,
     )
+
+
+def test_an_answer_keeps_its_text_where_its_source_is_there_without_one(
+    database: Database,
+) -> None:
+    """A later export has another source for it: one that shows a text here, and holds none."""
+    linked = {"cached": True, "source_id": 3}
+    import_lines(database, written(record(3), record(5, **linked)))
+    import_lines(database, written(record(5), record(6, **linked | {"source_id": 5})))
+    found = [(line["id"], line["generated_text"]) for line in lines_of(exported(database))]
+    assert found == [(number, "Once upon") for number in (3, 5, 6)]
+    with database.sessions() as session:
+        assert checks.sourceless(session) == 0
 
 
 def mortal(answers: int) -> tuple[type[Helper], list[bool]]:
