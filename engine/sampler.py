@@ -18,7 +18,10 @@ from torch import Tensor
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 
-NARROW = 64  # candidates looked at first: the largest logits, of which few requests want more
+# How many of the largest logits are looked at: few requests want more than the first number. But
+# logits far from 0 are many times equal in bfloat16 (half apart from 64 on), and with the k-th
+# largest its equals stay in: the second number holds most of those.
+NARROW, WIDER = 64, 256
 
 
 def uniform(seed: int, place: int) -> float:
@@ -32,23 +35,31 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[int | None]:
 
     None stands for a row that holds NaN or has no finite maximum. Rows do not touch one another.
     """
-    if not sequences:
-        return []
-    logits = penalised(logits, sequences)
-    narrow = min(NARROW, logits.shape[1])
-    values, ids = logits.topk(narrow, dim=1)
+    return sample_largest(NARROW, penalised(logits, sequences), sequences) if sequences else []
+
+
+def sample_largest(count: int, logits: Tensor, sequences: Rows[Sequence]) -> list[int | None]:
+    """The same from the ``count`` largest logits, where a row's filters keep no more than those."""
+    count = min(count, logits.shape[1])
+    values, ids = logits.topk(count, dim=1)
     values, ids = in_order(values.double(), ids)
-    chosen = choose(values, ids, sequences).tolist()
     tops, least = values[:, 0].tolist(), values[:, -1].tolist()
     kth = kth_values(values, sequences)
-    tokens: list[int | None] = []
+    tokens: list[int | None] = choose(values, ids, sequences).tolist()
+    short = []
     for row, sequence in enumerate(sequences):
         if not abs(tops[row]) < float("inf"):
-            tokens.append(None)
-        elif narrow == logits.shape[1] or enough(sequence.params, kth[row], tops[row], least[row]):
-            tokens.append(chosen[row])
-        else:
-            tokens.append(choose_wide(logits[row], sequence))
+            tokens[row] = None
+        elif count < logits.shape[1] and not enough(
+            sequence.params, kth[row], tops[row], least[row]
+        ):
+            short.append(row)
+    if short and count < WIDER:
+        others = sample_largest(WIDER, logits[short], [sequences[row] for row in short])
+    else:
+        others = [choose_wide(logits[row], sequences[row]) for row in short]
+    for row, token in zip(short, others, strict=True):
+        tokens[row] = token
     return tokens
 
 
@@ -119,6 +130,6 @@ def choose(values: Tensor, ids: Tensor, sequences: Rows[Sequence]) -> Tensor:
 
 
 def choose_wide(logits: Tensor, sequence: Sequence) -> int:
-    """The same over the whole vocabulary: for rows whose filters keep more than the narrow set."""
-    values, ids = logits.double()[None].sort(dim=1, descending=True, stable=True)
-    return int(choose(values, ids, [sequence]))
+    """The same over the whole vocabulary."""
+    values, ids = logits[None].sort(dim=1, descending=True, stable=True)
+    return int(choose(values.double(), ids, [sequence]))

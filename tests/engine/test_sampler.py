@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from engine.sampler import sample, uniform
+from engine.sampler import NARROW, WIDER, choose_wide, sample, uniform
 from engine.sampling import SamplingParams
 from engine.sequence import Sequence
 
@@ -98,6 +98,17 @@ def test_ties_with_the_kth_stay_in_also_beyond_the_narrow_candidates() -> None:
     logits[123] = 1.0
     tokens = drawn(logits, 0, top_k=10)
     assert len(set(tokens)) > 400
+
+
+def test_equals_of_the_kth_are_found_wherever_they_end() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = (torch.randn(30, 50_257, generator=generator) * 2.5 - 90).bfloat16()  # half apart
+    ks = (10, 50, 200)
+    rows = [Sequence(PROMPT, SamplingParams(9, seed=i, top_k=ks[i % 3])) for i in range(30)]
+    kth = [logits[i].topk(row.params.top_k).values[-1] for i, row in enumerate(rows)]
+    kept = [int((logits[i] >= kth[i]).sum()) for i in range(30)]
+    assert min(kept) < NARROW < sorted(kept)[15] < WIDER < max(kept)
+    assert sample(logits, rows) == [choose_wide(logits[i], row) for i, row in enumerate(rows)]
 
 
 def test_greedy_takes_the_largest_and_of_equals_the_first() -> None:
