@@ -27,6 +27,7 @@ class GenericRunner:
         self.reused_tokens = 0
         # A cache and how many tokens it holds: a step that raised may have grown it.
         self.caches: dict[Sequence, tuple[dict[str, Any], int]] = {}
+        self.prepares = self._prepares()
         self.continues = self._continues()
 
     def forward(self, plan: Plan) -> Tensor:
@@ -64,8 +65,19 @@ class GenericRunner:
         self, tokens: tuple[int, ...], cache: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
         ids = torch.tensor([tokens], device=self.model.device)
-        out = self.model(ids, use_cache=True, logits_to_keep=1, **cache)
+        given = self.model.prepare_inputs_for_generation(ids) if self.prepares else {}
+        out = self.model(**{"input_ids": ids, **given}, use_cache=True, logits_to_keep=1, **cache)
         return out.logits[0, -1], {name: out[name] for name in CACHES if name in out}
+
+    def _prepares(self) -> bool:
+        """Whether ``generate`` has it predict not after the last token but in the place of one put
+        behind that, as XLNet is trained. Such a model keeps no cache here."""
+        ids = torch.tensor([[1, 2, 3]], device=self.model.device)
+        try:
+            given = self.model.prepare_inputs_for_generation(ids)
+        except Exception:  # it wants to be told more: an ordinary one, so far
+            return False
+        return bool(given["input_ids"].shape[1] > ids.shape[1])
 
     def _continues(self) -> bool:
         """Whether several tokens can go on from a cache: many recurrent states take but one, and

@@ -285,7 +285,8 @@ def context_size(config: Any) -> int:
     """The most tokens of prompt and text that a model was made for."""
     text = config.get_text_config()
     own_name = getattr(text, "max_seq_len", UNBOUNDED_CONTEXT)  # MPT's
-    return int(getattr(text, "max_position_embeddings", own_name))
+    size = int(getattr(text, "max_position_embeddings", own_name))
+    return size if size > 0 else UNBOUNDED_CONTEXT  # XLNet's is -1
 
 
 def end_ids(loaded: TextGenerationPipeline) -> frozenset[int]:

@@ -14,6 +14,8 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     Qwen3Config,
+    XLMConfig,
+    XLNetConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -57,7 +59,8 @@ PACKED: dict[str, Any] = {
 MAMBA = MambaConfig(vocab_size=4096, hidden_size=64, num_hidden_layers=2, **ENDLESS)
 
 # Recurrent states, experts that see some of the rows, rotations that depend on the longest
-# sequence, attention that cannot be replaced; and what is said of each.
+# sequence, attention that cannot be replaced, tokens predicted in their own place; and what is
+# said of each.
 ONE_BY_ONE: dict[str, tuple[Any, str]] = {
     "mamba": (MAMBA, "MambaMixer has weights of its own"),
     "mixtral": (
@@ -79,6 +82,14 @@ ONE_BY_ONE: dict[str, tuple[Any, str]] = {
             **ENDLESS,
         ),
         "its forward raised TypeError",
+    ),
+    "xlnet": (
+        XLNetConfig(vocab_size=4096, d_model=64, d_inner=96, n_layer=2, n_head=4, **ENDLESS),
+        "XLNetModel has weights of its own",
+    ),
+    "xlm": (
+        XLMConfig(vocab_size=4096, emb_dim=64, n_layers=2, n_heads=4, **ENDLESS),
+        "not every layer's attention can be replaced",
     ),
 }
 

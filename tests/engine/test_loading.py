@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig
+from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig, XLNetConfig
 
 from engine import loading
 from engine.loading import (
@@ -126,6 +126,7 @@ def test_a_download_that_ended_half_way_is_gone_on_with(
         (GPT2Config(n_positions=7), 7),
         (LlamaConfig(max_position_embeddings=8), 8),
         (MptConfig(max_seq_len=9), 9),
+        (XLNetConfig(), UNBOUNDED_CONTEXT),
         (BloomConfig(), UNBOUNDED_CONTEXT),
     ],
 )
