@@ -77,7 +77,5 @@ class GPT2Runner(RaggedRunner):
         return self.head(self.final_norm(x[layout.wanted]))[: layout.sampled]
 
     def _look(self, block: Block, layer: int, x: Tensor, layout: Layout) -> Tensor:
-        rows, features = x.shape
-        qkv = block.qkv(x).view(rows, 3, self.shape.heads, self.shape.width)
-        qkv = qkv.transpose(0, 1).contiguous()
-        return self.attend(layout, layer, self.rule, qkv[0], qkv[1:]).view(rows, features)
+        qkv = block.qkv(x).view(len(x), 3, self.shape.heads, self.shape.width)
+        return self.attend(layout, layer, self.rule, qkv[:, 0], qkv[:, 1:]).flatten(1)

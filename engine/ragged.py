@@ -80,30 +80,27 @@ class Mask:
 
 @dataclass(slots=True)
 class DecodeGroup:
-    """Neighbouring rows of one arena, which decode together: rows ``first`` to ``first + count``
-    of the arena, rows ``at`` to ``at + count`` of the step."""
+    """Neighbouring rows of one arena, ``first`` to ``first + count``, which decode together."""
 
     arena: Arena
     first: int
     count: int
-    at: int
     mask: Mask  # [count * heads, length]
-    slots: Tensor  # [2 * count * heads]: where new keys, then new values, go in an arena's layer
+    slots: Tensor  # [count, 2, heads]: where new keys and new values go in an arena's layer
 
 
 @dataclass(slots=True)
 class PrefillPiece:
-    """A prompt chunk: rows ``at`` and following of the step."""
+    """A prompt chunk."""
 
     chunk: Chunk
-    at: int
     stage: Tensor  # [2, layers, heads, prompt, width]: its prompt's keys and values so far
     mask: Mask  # [query heads that share a head * tokens, stop]
 
 
 @dataclass(slots=True)
 class Layout:
-    """What each row of a step is."""
+    """What each row of a step is: first those of ``decode``, then those of ``prefill``."""
 
     tokens: Tensor  # [rows], padded to a count the kernels agree on
     positions: Tensor  # [rows]
@@ -182,16 +179,18 @@ class RaggedRunner:
         """Store the new keys and values, then let each row look at its own sequence's.
 
         ``queries`` is [rows, query heads, width], and so is what comes back; ``both`` keys and
-        values are [2, rows, heads, width].
+        values are [rows, 2, heads, width].
         """
-        out = torch.zeros_like(queries)
+        out, rows = [], 0
         for group in layout.decode:
-            mine = slice(group.at, group.at + group.count)
-            out[mine] = self._decode(group, layer, rule, queries[mine], both[:, mine])
+            mine = slice(rows, rows := rows + group.count)
+            out.append(self._decode(group, layer, rule, queries[mine], both[mine]))
         for piece in layout.prefill:
-            mine = slice(piece.at, piece.at + piece.chunk.stop - piece.chunk.start)
-            out[mine] = self._prefill(piece, layer, rule, queries[mine], both[:, mine])
-        return out
+            mine = slice(rows, rows := rows + piece.chunk.stop - piece.chunk.start)
+            out.append(self._prefill(piece, layer, rule, queries[mine], both[mine]))
+        if rows < len(queries):
+            out.append(torch.zeros_like(queries[rows:]))
+        return out[0] if len(out) == 1 else torch.cat(out)
 
     def _decode(
         self, group: DecodeGroup, layer: int, rule: Rule, queries: Tensor, both: Tensor
@@ -199,11 +198,11 @@ class RaggedRunner:
         width, length = self.shape.width, group.arena.length
         size = group.count * self.shape.heads
         stored = group.arena.both[layer]
-        stored.view(-1, width).index_copy_(0, group.slots, both.reshape(2 * size, width))
+        stored.view(-1, width)[group.slots] = both
         rows = slice(group.first, group.first + group.count)
         keys, values = stored[:, rows].view(2, size, length, width)
         mask = group.mask.of(rule.visible)[:, None]
-        asked = queries.contiguous().view(size, self.groups, width)
+        asked = copied(queries).view(size, self.groups, width)
         given = [asked, keys, values, mask]
         if size == 1:  # a batch of one matrix gets another kernel, and with it other last bits
             given = [one.expand(2, -1, -1) for one in given]
@@ -215,11 +214,11 @@ class RaggedRunner:
     ) -> Tensor:
         start, stop = piece.chunk.start, piece.chunk.stop
         heads, width = self.shape.heads, self.shape.width
-        keys, values = piece.stage[:, layer]
-        keys[:, start:stop], values[:, start:stop] = both.transpose(1, 2)
-        mask = piece.mask.of(rule.visible).expand(heads, -1, -1)
-        # A copy, always: where a view lies, and so its product's last bits, depends on the step.
-        asked = queries.transpose(0, 1).contiguous().view(heads, -1, width)
+        stored = piece.stage[:, layer]
+        stored[:, :, start:stop] = both.permute(1, 2, 0, 3)
+        keys, values = stored
+        mask = piece.mask.of(rule.visible)
+        asked = copied(queries.transpose(0, 1)).view(heads, -1, width)
         out = weigh(rule, asked, keys[:, :stop], values[:, :stop], mask)
         return out.view(-1, stop - start, width).transpose(0, 1)
 
@@ -232,7 +231,7 @@ class RaggedRunner:
         decode = self._lay_out_decode(plan.decode, tokens, positions, row_of)
         prefill = []
         for chunk in plan.prefill:
-            prefill.append(self._lay_out_chunk(chunk, len(tokens)))
+            prefill.append(self._lay_out_chunk(chunk))
             tokens += chunk.sequence.prompt_ids[chunk.start : chunk.stop]
             positions += range(chunk.start, chunk.stop)
             row_of[chunk.sequence] = len(tokens) - 1
@@ -271,7 +270,7 @@ class RaggedRunner:
                 tokens.append(sequence.output_ids[-1])
                 positions.append(len(sequence) - 1)
             arena = self.cache.arenas[arena_index]
-            groups.append(self._group(arena, first, at, positions[at:]))
+            groups.append(self._group(arena, first, positions[at:]))
         return groups
 
     def _settle(self, sequence: Sequence) -> None:
@@ -290,23 +289,21 @@ class RaggedRunner:
         except RuntimeError as error:  # out of memory: later prompts are computed anew, no more
             log.warning("a prompt was not kept for later ones (%s)", type(error).__name__)
 
-    def _group(self, arena: Arena, first: int, at: int, positions: list[int]) -> DecodeGroup:
+    def _group(self, arena: Arena, first: int, positions: list[int]) -> DecodeGroup:
         heads, count = self.shape.heads, len(positions)
         last = self._tensor(positions).repeat_interleave(heads)
         rows = torch.arange(first * heads, (first + count) * heads, device=self.shape.device)
-        keys = rows * arena.length + last
-        slots = torch.cat([keys, keys + arena.both[0, 0].numel() // self.shape.width])
+        keys = (rows * arena.length + last).view(count, heads)
+        slots = torch.stack([keys, keys + arena.both[0, 0].numel() // self.shape.width], dim=1)
         mask = Mask(last[:, None], arena.length, self.shape.dtype)
-        return DecodeGroup(arena, first, count, at, mask, slots)
+        return DecodeGroup(arena, first, count, mask, slots)
 
-    def _lay_out_chunk(self, chunk: Chunk, at: int) -> PrefillPiece:
+    def _lay_out_chunk(self, chunk: Chunk) -> PrefillPiece:
         stage = self.stages.get(chunk.sequence)
         if stage is None:
             stage = self.stages[chunk.sequence] = self._stage(chunk.sequence)
         positions = self._tensor(list(range(chunk.start, chunk.stop)) * self.groups)
-        return PrefillPiece(
-            chunk, at, stage, Mask(positions[:, None], chunk.stop, self.shape.dtype)
-        )
+        return PrefillPiece(chunk, stage, Mask(positions[:, None], chunk.stop, self.shape.dtype))
 
     def _stage(self, sequence: Sequence) -> Tensor:
         shape = self.shape
@@ -345,13 +342,18 @@ def weigh_fused(rule: Rule, queries: Tensor, keys: Tensor, values: Tensor, mask:
     return out[0]
 
 
+def copied(queries: Tensor) -> Tensor:
+    """Always: where a view lies, and so its product's last bits, depends on the step."""
+    return queries.clone(memory_format=torch.contiguous_format)
+
+
 def weigh(rule: Rule, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Attention of [batch, queries, width] to [batch, length, width]."""
+    scores = torch.bmm(queries, keys.transpose(1, 2))
     if rule.softcap is None:
-        scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=rule.scale)
+        scores = torch.add(mask, scores, alpha=rule.scale)  # sooner done than by baddbmm
     else:
-        scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(rule.scale / rule.softcap)
-        scores = scores.tanh_().mul_(rule.softcap).add_(mask)
+        scores = scores.mul_(rule.scale / rule.softcap).tanh_().mul_(rule.softcap).add_(mask)
     return torch.bmm(torch.softmax(scores, -1), values)
 
 

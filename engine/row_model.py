@@ -24,7 +24,7 @@ from engine.ragged import Rule
 NAME = "rows"  # of this attention, to Transformers
 
 # Of a layer's number, its rule, queries [rows, query heads, width], and keys and values
-# [2, rows, heads, width]: what each row makes of what it looks at, [rows, query heads, width].
+# [rows, 2, heads, width]: what each row makes of what it looks at, [rows, query heads, width].
 Attend = Callable[[int, Rule, Tensor, Tensor], Tensor]
 
 # Arguments of attention that say nothing that the mask and the rule do not, or nothing here.
@@ -70,7 +70,7 @@ def row_attention(
         raise UnsuitedError("its attention takes " + (", ".join(unknown) or "other arguments"))
     if key.shape != value.shape:
         raise UnsuitedError("its keys and values differ in shape")
-    both = torch.stack([key[0], value[0]]).transpose(1, 2)
+    both = torch.stack([key[0], value[0]]).permute(2, 0, 1, 3)
     rule = Rule(scaling, softcap, attention_mask)
     out = attend(module.layer_idx, rule, query[0].transpose(0, 1), both)
     return out[None], None
@@ -103,7 +103,7 @@ class RowModel:
 
         def attend(layer: int, _: Rule, queries: Tensor, both: Tensor) -> Tensor:
             if layer == 1:
-                raise _Enough(torch.cat([queries, *both], dim=1).flatten(1))
+                raise _Enough(torch.cat([queries, both.flatten(1, 2)], dim=1).flatten(1))
             return to_itself(queries, both)
 
         tokens, positions = rows.unbind(1)
@@ -198,7 +198,7 @@ class Survey:
 
 def to_itself(queries: Tensor, both: Tensor) -> Tensor:
     """Attention of rows that look at nothing but themselves."""
-    return both[1].repeat_interleave(queries.shape[1] // both.shape[2], dim=1)
+    return both[:, 1].repeat_interleave(queries.shape[1] // both.shape[2], dim=1)
 
 
 def product_of(module: Any) -> Linear:
