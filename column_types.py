@@ -51,7 +51,8 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         if dialect.name == "sqlite":
-            value = EPOCH + value * MICROSECOND
+            since: timedelta = value * MICROSECOND
+            return EPOCH + since
         moment: datetime = value
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
