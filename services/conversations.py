@@ -8,7 +8,6 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
@@ -107,10 +106,13 @@ def change(
     if request.title is not None:
         values["title_pending"] = None
     with transaction(session):
-        values["updated_at"] = datetime.now(UTC)
-        if not conversations.change(session, owner_id, conversation_id, **values):
-            raise conversation_not_found()
-        return get(session, owner_id, conversation_id)
+        conversation = get(session, owner_id, conversation_id)
+        if any(getattr(conversation, name) != value for name, value in values.items()):
+            values["updated_at"] = datetime.now(UTC)
+            if not conversations.change(session, owner_id, conversation_id, **values):
+                raise conversation_not_found()
+            session.refresh(conversation)
+        return conversation
 
 
 def delete(
@@ -171,8 +173,12 @@ def change_message(
     with changing(session, owner_id, message_id) as record:
         if record.status not in TERMINAL:
             raise ConflictError("The message is being generated.", record_id=record.id)
+        given = request.model_dump(exclude_none=True)
+        others = {field: text for field, text in given.items() if text != getattr(record, field)}
+        if not others:
+            return record
         removal.separate(session, record)
-        rewrite(record, request.model_dump(exclude_none=True), tokens or {})
+        rewrite(record, others, tokens or {})
         record.updated_at = datetime.now(UTC)
         session.flush()
         records.index_again(session, [record.id])
@@ -180,7 +186,7 @@ def change_message(
     return record
 
 
-def rewrite(record: GenerationRecord, given: Mapping[str, Any], tokens: Mapping[str, int]) -> None:
+def rewrite(record: GenerationRecord, texts: Mapping[str, str], tokens: Mapping[str, int]) -> None:
     """Put other texts in the place of a message's own, and note that no model made them.
 
     Each text's tokens change with it. Where they are not known, because no tokenizer is loaded,
@@ -191,10 +197,8 @@ def rewrite(record: GenerationRecord, given: Mapping[str, Any], tokens: Mapping[
         "prompt_content": ("prompt", "prompt_tokens"),
         "response_content": ("completion", "completion_tokens"),
     }
-    for field, text in given.items():
+    for field, text in texts.items():
         text_column, tokens_column = columns[field]
-        if text == getattr(record, text_column):
-            continue
         setattr(record, text_column, text)
         record.model_fingerprint = NO_MODEL
         record.text_removed_at = None  # there is one again, for retention to remove

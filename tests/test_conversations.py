@@ -132,6 +132,43 @@ def test_a_message_is_changed_and_deleted(client: TestClient) -> None:
     assert client.get(path).json()["detail"] == "Message not found"
 
 
+@pytest.mark.parametrize("fields", [[], ["title", "model_type"]])
+def test_a_conversation_of_which_nothing_changes_keeps_its_time(
+    service: TestClient, fields: list[str]
+) -> None:
+    made = new(service, title="Same")
+    path = f"/conversations/{made['id']}"
+    answer = service.put(path, json={field: made[field] for field in fields})
+    assert (answer.status_code, answer.json()) == (202, made)
+    assert service.get(path).json() == made
+
+
+def test_the_first_words_taken_as_a_title_by_hand_stay(client: TestClient) -> None:
+    conversation = new(client, initial_prompt="Tell me a story of a goose and of her golden eggs")
+    path = f"/conversations/{conversation['id']}"
+    assert client.put(path, json={"title": conversation["title"]}).status_code == 202
+    wait_for_titles(client)
+    assert client.get(path).json()["title"] == conversation["title"]
+
+
+@pytest.mark.parametrize("fields", [[], ["prompt_content", "response_content"]])
+def test_a_message_of_which_nothing_changes_stays_as_it_is(
+    service: TestClient, fields: list[str]
+) -> None:
+    """With its time and its conversation's, and as the answer from the cache that it may be."""
+    text = f"What was there before {len(fields)} fields?"
+    say(service, new(service, title="First"), text, use_cache=True)
+    conversation = new(service, title="Second")
+    message = say(service, conversation, text, use_cache=True).json()
+    paths = [f"/messages/{message['id']}", f"/history/{message['id']}"]
+    paths.append(f"/conversations/{conversation['id']}")
+    before = [service.get(path).json() for path in paths]
+    assert before[1]["cached"]
+    answer = service.put(paths[0], json={field: message[field] for field in fields})
+    assert (answer.status_code, answer.json()) == (202, message)
+    assert [service.get(path).json() for path in paths] == before
+
+
 def test_messages_go_with_their_conversation(client: TestClient) -> None:
     conversation = new(client, title="Cascade")
     message = say(client, conversation, "Hello?", response_content="Hello.").json()
