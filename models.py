@@ -582,6 +582,12 @@ class HistoryQuery(Page):
             raise PydanticCustomError("rank_of_nothing", "order=rank needs a search: q")
         return self
 
+    @model_validator(mode="after")
+    def refuse_score_of_nothing(self) -> Self:
+        if self.after_score is not None and (self.order != "rank" or self.after is None):
+            raise PydanticCustomError("score_of_nothing", "after_score needs order=rank and after")
+        return self
+
 
 Title = Annotated[str, Field(min_length=1, max_length=200), STORABLE]
 MessageText = Annotated[str, Field(max_length=100_000), STORABLE]
@@ -596,7 +602,13 @@ class StatisticsQuery(BaseModel):
     created_before: Moment | None = Field(None, description="Now when left out.")
     bucket: Literal["hour", "day", "all"] = "day"
     by: Literal["model", "user"] | None = None
-    limit: int = Field(100, ge=1, le=1000, description="By user: the busiest so many.")
+    limit: int = Field(100, ge=1, le=1000, description="By user alone: the busiest so many.")
+
+    @model_validator(mode="after")
+    def refuse_limit_of_nothing(self) -> Self:
+        if "limit" in self.model_fields_set and self.by != "user":
+            raise PydanticCustomError("limit_of_nothing", "limit needs by=user")
+        return self
 
 
 class Latencies(BaseModel):

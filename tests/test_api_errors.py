@@ -356,6 +356,28 @@ def test_a_filter_that_is_not_known_is_422(client: TestClient) -> None:
     body_of(client.get("/history", params={"status": "zyxcanary"}), 422, "validation_error")
 
 
+@pytest.mark.parametrize(
+    ("address", "needed"),
+    [
+        ("/history?order=rank", "q"),
+        ("/history?after_score=1&after=9", "order=rank"),
+        ("/history?after_score=1&after=9&q=zyxcanary", "order=rank"),
+        ("/history?after_score=0&q=zyxcanary&order=rank", "after"),
+        ("/stats?limit=100", "by=user"),
+        ("/stats?limit=1&by=model", "by=user"),
+    ],
+)
+def test_what_would_do_nothing_alone_is_422(client: TestClient, address: str, needed: str) -> None:
+    (item,) = body_of(client.get(address), 422, "validation_error")["detail"]
+    assert needed in item["msg"]
+
+
+def test_statistics_have_no_limit_unless_by_user(client: TestClient) -> None:
+    assert client.get("/stats").status_code == 200
+    assert client.get("/stats?by=model").status_code == 200
+    assert client.get("/stats?by=user&limit=1").status_code == 200
+
+
 @pytest.mark.parametrize("given", ["a", "A-b_c.9", "x" * 128])
 def test_a_sane_request_id_comes_back(client: TestClient, given: str) -> None:
     answer = client.get("/history/0", headers={"X-Request-ID": given})
