@@ -104,7 +104,7 @@ def delete_record(
     history.delete(session, owner, record_id, service.live.all())
 
 
-@router.delete("/users/{user_id:path}", responses=responses(503))
+@router.delete("/users/{user_id:path}", responses=responses(400, 503))
 def erase_user(user_id: UserId, owner: Owner, service: Generation) -> erasure.Erased:
     """Delete every record of a user, pinned or running ones too, and the conversations that were
     theirs alone. `cleared`: nothing of it is left in a SQLite file, its log or its index.

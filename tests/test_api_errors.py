@@ -148,6 +148,10 @@ def test_nul_in_an_address_is_400(client: TestClient, path: str) -> None:
     body_of(client.get(path), 400, "bad_request")
 
 
+def test_nobody_with_nul_in_a_name_is_erased(client: TestClient) -> None:
+    body_of(client.delete("/users/zyxcanary%00"), 400, "bad_request")
+
+
 @pytest.mark.parametrize(
     "path",
     ["/users/%ff%fe/history", "/history?user_id=%ff", "/history?%ff=1", "/%00", "/history/%00"],
@@ -394,6 +398,10 @@ def test_another_request_id_is_replaced(client: TestClient, given: bytes) -> Non
     assert re.fullmatch(r"[0-9a-f]{32}", found)
 
 
+def takes_text(parameter: dict[str, Any]) -> bool:
+    return parameter["in"] != "header" and "maxLength" in str(parameter["schema"])
+
+
 def test_the_openapi_document_tells_every_error_in_its_shape(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert "HTTPValidationError" not in document["components"]["schemas"]
@@ -406,4 +414,6 @@ def test_the_openapi_document_tells_every_error_in_its_shape(client: TestClient)
                 assert [found["content"] for found in errors.values()] == [shape] * len(errors)
                 assert "422" in errors, (method, path)
             if "requestBody" in operation:
-                assert {"408", "413", "415"} <= told.keys(), (method, path)
+                assert {"400", "408", "413", "415"} <= told.keys(), (method, path)
+            if any(takes_text(parameter) for parameter in operation.get("parameters", ())):
+                assert "400" in told, (method, path)  # of a NUL character
