@@ -19,7 +19,7 @@ from api.dependencies import (
 from api.errors import responses, stream_responses
 from api.history import link_next_page
 from api.shapes import shaped
-from api.streams import NOTHING_MORE, LastPlace, sent
+from api.streams import NOTHING_MORE, LastPlace, expect_more, sent
 from models import (
     Conversation,
     ConversationCreate,
@@ -221,6 +221,7 @@ def begin_text(
     place: LastPlace,
 ) -> AsyncGenerator[Event]:
     if place is not None:  # a browser that was cut off and comes back by itself
+        expect_more(place)
         return streams.resume(streams.find(owner, place.record_id), place)
     alone = query.on_disconnect == "finish"
     if query.conversation_id is None:

@@ -56,23 +56,28 @@ def last_place(
     if not last_event_id:
         return None
     try:
-        place = Place.parse(last_event_id)
+        return Place.parse(last_event_id)
     except ValueError:
         raise InvalidRequestError("Last-Event-ID takes the id of an event of a stream.") from None
-    if place.offset is None:
-        raise HTTPException(204)
-    return place
 
 
 LastPlace = Annotated[Place | None, Depends(last_place)]
 NOTHING_MORE: dict[int | str, dict[str, Any]] = {204: {"description": "All was sent before"}}
 
 
+def expect_more(place: Place) -> None:
+    """Raises HTTPException 204 after the last event."""
+    if place.offset is None:
+        raise HTTPException(204)
+
+
 def find_record(
     record_id: RecordId, place: LastPlace, owner: Owner, service: StreamService
 ) -> GenerationRecord:
-    if place is not None and place.record_id != record_id:
-        raise InvalidRequestError("Last-Event-ID is of another record's stream.")
+    if place is not None:
+        if place.record_id != record_id:
+            raise InvalidRequestError("Last-Event-ID is of another record's stream.")
+        expect_more(place)
     return service.find(owner, record_id)
 
 

@@ -122,7 +122,8 @@ def ask_again(server: Server, path: str, last: str) -> httpx.Response:
 def test_an_id_that_is_no_place_is_refused(server: Server) -> None:
     record_id = post_stream(server, PROMPT)[0].data["id"]
     path = f"/history/{record_id}/stream"
-    for last in ("x", "5", f"{record_id}:", f"{record_id}:-1", f"{record_id + 1}:0", "0:0"):
+    places = [f"{record_id}:", f"{record_id}:-1", f"{record_id + 1}:0", f"{record_id + 1}:end"]
+    for last in ("x", "5", "0:0", *places):
         assert ask_again(server, path, last).status_code == 422, last
     assert httpx.get(f"{server.url}/history/999999/stream").status_code == 404
 
