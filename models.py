@@ -600,7 +600,9 @@ class StatisticsQuery(BaseModel):
         None, description="The range is widened to whole buckets; unset: 30 days before its end."
     )
     created_before: Moment | None = Field(None, description="Now when left out.")
-    bucket: Literal["hour", "day", "all"] = "day"
+    bucket: Literal["hour", "day", "all"] = Field(
+        "day", description="`hour`: of at most 31 days, and not by user."
+    )
     by: Literal["model", "user"] | None = None
     limit: int = Field(100, ge=1, le=1000, description="By user alone: the busiest so many.")
 

@@ -55,8 +55,9 @@ async def get_key(
         str | None,
         Header(
             max_length=255,
-            description="Any text of your own that names this request. Asked again with it, the"
-            " service does not do it again but answers what it answered.",
+            description="1 to 255 printable ASCII characters of your own that name this request."
+            " Asked again with them, the service does not do it again but answers what it"
+            " answered.",
         ),
     ] = None,
 ) -> Key | None:
