@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 import log as logs
 from database import kind
@@ -32,6 +33,7 @@ CODES = {
 REPORTED_ERRORS = 20  # of a request with thousands
 UNREADABLE = "The body could not be read as JSON in UTF-8, or it nests too deeply for that."
 NOT_SENT_AS_JSON = "Send the body as JSON, with the header Content-Type: application/json."
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 CLOSE = {"Connection": "close"}  # what may come yet is the rest of a body that nobody reads
 
 
@@ -106,14 +108,28 @@ def event_body(error: Exception) -> dict[str, Any]:
     return body("internal_error", ServiceError.detail)
 
 
-def http_error(_: Request | None, error: Exception) -> Response:
+def http_error(request: Request | None, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 204:
         return Response(status_code=204)
     code = CODES.get(error.status_code, "http_error")
     # Nobody raises a bare 400 but FastAPI, for a body that it cannot read.
     detail = UNREADABLE if error.status_code == 400 else error.detail
-    return JSONResponse(body(code, detail), error.status_code, error.headers)
+    answer = JSONResponse(body(code, detail), error.status_code, error.headers)
+    if error.status_code == 405 and request is not None:
+        answer.headers["Allow"] = allowed_methods(request)
+    return answer
+
+
+def allowed_methods(request: Request) -> str:
+    """What an address takes: each of its routes knows its own methods alone."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    routes = request.app.routes
+    return ", ".join(
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in routes)
+    )
 
 
 def validation_error(_: Request, error: Exception) -> JSONResponse:

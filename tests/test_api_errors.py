@@ -284,18 +284,24 @@ def test_an_unknown_address_is_404(client: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
+    ("method", "path", "allowed"),
     [
-        ("GET", "/generate"),
-        ("PUT", "/history/1"),
-        ("POST", "/history"),
-        ("DELETE", "/metrics"),
-        ("GET", "/users"),
-        ("GET", "/users/a/b"),
+        ("GET", "/generate", "POST"),
+        ("PUT", "/history/1", "GET, DELETE"),
+        ("POST", "/history", "GET"),
+        ("OPTIONS", "/conversations", "GET, POST"),
+        ("POST", "/conversations/1", "GET, PUT, DELETE"),
+        ("DELETE", "/metrics", "GET, HEAD"),
+        ("GET", "/users", "DELETE"),
+        ("GET", "/users/a/b", "DELETE"),
     ],
 )
-def test_a_wrong_method_is_405(client: TestClient, method: str, path: str) -> None:
-    body_of(client.request(method, path), 405, "method_not_allowed")
+def test_a_wrong_method_is_405_and_the_right_ones_are_named(
+    client: TestClient, method: str, path: str, allowed: str
+) -> None:
+    answer = client.request(method, path)
+    body_of(answer, 405, "method_not_allowed")
+    assert answer.headers["Allow"] == allowed
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])
