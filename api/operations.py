@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from services import readiness
@@ -11,7 +12,9 @@ router = APIRouter(tags=["operations"])
 
 
 @router.head("/health/live", include_in_schema=False)
-@router.get("/health/live", responses={503: {"description": "The model hangs"}})
+@router.get(
+    "/health/live", responses={503: {"description": "The model hangs", "model": dict[str, str]}}
+)
 async def live(request: Request, response: Response) -> dict[str, str]:
     """The process answers. On the event loop: it needs no free thread."""
     state = request.app.state
@@ -22,7 +25,10 @@ async def live(request: Request, response: Response) -> dict[str, str]:
 
 
 @router.head("/health/ready", include_in_schema=False)
-@router.get("/health/ready", responses={503: {"description": "Not ready, with the reasons"}})
+@router.get(
+    "/health/ready",
+    responses={503: {"description": "Not ready, with the reasons", "model": dict[str, Any]}},
+)
 def ready(request: Request, response: Response) -> dict[str, Any]:
     """The database takes writes and the model is loaded."""
     state = request.app.state
@@ -34,7 +40,7 @@ def ready(request: Request, response: Response) -> dict[str, Any]:
 
 
 @router.head("/metrics", include_in_schema=False)
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=PlainTextResponse)
 async def prometheus_metrics() -> Response:
     """Counters in Prometheus' text format."""
     return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -404,6 +404,14 @@ def test_another_request_id_is_replaced(client: TestClient, given: bytes) -> Non
     assert re.fullmatch(r"[0-9a-f]{32}", found)
 
 
+def test_the_openapi_document_tells_the_body_of_every_answer(client: TestClient) -> None:
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        for method, operation in operations.items():
+            told = operation["responses"]
+            bare = {status for status, found in told.items() if "content" not in found}
+            assert bare <= {"204"}, (method, path)
+
+
 def takes_text(parameter: dict[str, Any]) -> bool:
     return parameter["in"] != "header" and "maxLength" in str(parameter["schema"])
 
