@@ -29,7 +29,8 @@ class Settings(BaseSettings):
         "auto", description="auto, cpu or cuda: where the model runs"
     )
     forbidden_words: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("hate", "violence"), description="words, commas between: prompts with them are refused"
+        ("hate", "violence"),
+        description="words, commas between: prompts with them are refused; a comma alone: none",
     )
     cache_ttl_seconds: float = Field(
         86_400.0,

@@ -89,6 +89,8 @@ def test_an_empty_value_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_words_are_split_at_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORBIDDEN_WORDS", " bad word, worse ,,")
     assert load_settings().forbidden_words == ("bad word", "worse")
+    monkeypatch.setenv("FORBIDDEN_WORDS", ",")
+    assert load_settings().forbidden_words == ()
 
 
 def test_a_dotenv_file_works(monkeypatch: pytest.MonkeyPatch) -> None:
