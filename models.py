@@ -572,8 +572,8 @@ class HistoryQuery(Page):
         None,
         ge=0,
         allow_inf_nan=False,
-        description="With `order=rank`: the score of the record in `after`. Then that record may be"
-        " gone: the `Link` header gives both.",
+        description="With `order=rank` and `after`: the score of that record, which then may be"
+        " gone. The `Link` header gives both.",
     )
 
     @model_validator(mode="after")

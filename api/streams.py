@@ -50,7 +50,10 @@ def begin_stream(
 
 
 def last_place(
-    last_event_id: Annotated[str | None, Header(max_length=40)] = None,
+    last_event_id: Annotated[
+        str | None,
+        Header(max_length=40, description="The `id` of the event seen last: it goes on after it."),
+    ] = None,
 ) -> Place | None:
     """What the client has, by the id of the event that it saw last."""
     if not last_event_id:
