@@ -145,13 +145,18 @@ def known(
 
 
 def texts(session: Session, ids: Iterable[int]) -> dict[int, tuple[str, str, str]]:
-    """Owner, prompt and completion of those records that have a text of their own."""
+    """Owner, prompt and completion of those records that have a text of their own.
+
+    They are held: what is about to show one of the texts is there before that changes or goes.
+    """
     own = GenerationRecord
-    found = session.execute(
-        select(own.id, own.owner_id, own.own_prompt, own.own_completion).where(
-            own.id.in_(list(ids)), own.source_id.is_(None)
-        )
+    statement = (
+        select(own.id, own.owner_id, own.own_prompt, own.own_completion)
+        .where(own.id.in_(list(ids)), own.source_id.is_(None))
+        .order_by(own.id)
+        .with_for_update(read=True)
     )
+    found = session.execute(statement)
     return {id: (owner, prompt, completion) for id, owner, prompt, completion in found}
 
 

@@ -26,14 +26,14 @@ from models import (
     Record,
     Status,
 )
-from repositories import cached, conversations, records, removal
+from repositories import cached, conversations, records, removal, transfer
 from services import history, retention
 from services.conversations import change_message
 from services.planning import turns_of
 from services.retention import Limits, Removed, Retention
 from tests.service import ROOT, sessions_of
 from tests.test_history import OWNER, insert
-from tests.test_transfer import exported, import_lines, show
+from tests.test_transfer import exported, import_lines, record, show, written
 
 NOW = datetime.now(UTC)
 OLD = NOW - timedelta(days=40)
@@ -231,6 +231,33 @@ def wait_until_waiting(database: Database, last: Future[Any], count: int = 1) ->
         while (connection.scalar(statement) or 0) < count and not last.done():
             connection.rollback()
             time.sleep(0.2)  # MariaDB looks anew only when nobody has asked for 0.1 s
+
+
+def remove_texts(database: Database, record_ids: list[int]) -> None:
+    with database.sessions() as session, transaction(session):
+        removal.remove_texts(session, record_ids, NOW)
+
+
+@pytest.mark.parametrize("database_url", WAITING, indirect=True)
+def test_a_text_that_goes_while_an_answer_with_it_is_imported_stays_with_that(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_lines(database, written(record(3)))
+    go_on, removing = transfer.go_on_after, list[Future[None]]()
+
+    def meanwhile(*given: Any) -> None:
+        if not removing:
+            removing.append(threads.submit(remove_texts, database, [3]))
+            wait_until_waiting(database, removing[0])
+        go_on(*given)
+
+    monkeypatch.setattr(transfer, "go_on_after", meanwhile)
+    with ThreadPoolExecutor() as threads:
+        import_lines(database, written(record(5, cached=True, source_id=3)))
+        removing[0].result()
+    with database.sessions() as session:
+        texts = [history.get(session, OWNER, id).generated_text for id in (3, 5)]
+    assert texts == ["", "Once upon"]
 
 
 def test_one_of_many_does_it(database: Database, database_url: str) -> None:
