@@ -1,6 +1,6 @@
 """Queries on ``generation_records``."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from inspect import signature
@@ -213,6 +213,12 @@ def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord | N
     if record is not None and record.source_id is not None:
         session.refresh(record, ["source"])
     return record
+
+
+def hold(session: Session, record_ids: Collection[int]) -> None:
+    """Nobody else changes records of whatever owner until the transaction ends."""
+    held = select(GenerationRecord.id).where(GenerationRecord.id.in_(record_ids))
+    session.execute(held.order_by(GenerationRecord.id).with_for_update())
 
 
 def as_answered(row: Sequence[Any], shape: type[Answered]) -> Answered:

@@ -64,17 +64,28 @@ def hand_over(session: Session, leaving: Collection[int]) -> None:
     """
     session.flush()
     record = GenerationRecord
-    held = select(record.id).where(record.id.in_(leaving)).order_by(record.id)
-    session.execute(held.with_for_update())
+    records.hold(session, leaving)
     point(session, and_(record.id.in_(leaving), record.source_id.is_not(None)), at=None)
-    oldest = select(record.source_id, func.min(record.id)).where(record.source_id.in_(leaving))
-    heirs = [heir for _, heir in session.execute(oldest.group_by(record.source_id))]
-    for heir in session.scalars(select(record).where(record.id.in_(heirs))):
+    heirs = heirs_of(session, leaving)
+    for heir in heirs:
         source_id = heir.source_id
         detach(heir)
         session.flush()
         point(session, record.source_id == source_id, at=heir.id)
-    records.index(session, heirs)
+    records.index(session, [heir.id for heir in heirs])
+
+
+def heirs_of(session: Session, leaving: Collection[int]) -> Sequence[GenerationRecord]:
+    """The oldest answer that shows each of the texts, held: one that leaves meanwhile is none."""
+    record = GenerationRecord
+    showing = record.source_id.in_(leaving)
+    oldest = select(func.min(record.id)).where(showing).group_by(record.source_id)
+    while True:
+        ids = session.scalars(oldest).all()
+        held = select(record).where(record.id.in_(ids), showing).order_by(record.id)
+        heirs = session.scalars(held.with_for_update()).all()
+        if len(heirs) == len(ids):
+            return heirs
 
 
 def point(session: Session, which: ColumnElement[bool], at: int | None) -> None:

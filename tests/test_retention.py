@@ -5,7 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -258,6 +258,36 @@ def test_a_text_that_goes_while_an_answer_with_it_is_imported_stays_with_that(
     with database.sessions() as session:
         texts = [history.get(session, OWNER, id).generated_text for id in (3, 5)]
     assert texts == ["", "Once upon"]
+
+
+@pytest.mark.parametrize("database_url", WAITING, indirect=True)
+@pytest.mark.parametrize("what", ["record", "text"])
+def test_an_answer_that_goes_while_its_source_does_inherits_nothing(
+    database: Database, what: str
+) -> None:
+    with database.sessions() as session, ThreadPoolExecutor() as threads:
+        source = insert(session, prompt="Es war")
+        leaves, stays = show(session, source), show(session, source)
+
+        def delete() -> None:
+            with database.sessions() as another:
+                history.delete(another, OWNER, source)
+
+        with transaction(session):
+            if what == "record":
+                removal.remove(session, OWNER, leaves)
+            else:
+                removal.remove_texts(session, [leaves], NOW)
+            deleting = threads.submit(delete)
+            wait_until_waiting(database, deleting)
+        deleting.result()
+        session.expire_all()
+        found = [(record.id, record.generated_text) for record in all_records(session)]
+    assert found == [(leaves, "")] * (what == "text") + [(stays, "Es war upon a time")]
+
+
+def all_records(session: Session) -> Sequence[GenerationRecord]:
+    return session.scalars(select(GenerationRecord).order_by(GenerationRecord.id)).all()
 
 
 def test_one_of_many_does_it(database: Database, database_url: str) -> None:
