@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy.orm import Session
-from sqlalchemy.orm.exc import StaleDataError
 
 from database import transaction
 from errors import ConflictError, NotFoundError
@@ -147,16 +146,14 @@ def message(session: Session, owner_id: str, message_id: int) -> GenerationRecor
 
 @contextlib.contextmanager
 def changing(session: Session, owner_id: str, message_id: int) -> Iterator[GenerationRecord]:
-    """A transaction in which a message's conversation is held. Raises NotFoundError."""
-    try:
-        with transaction(session):
-            record = message(session, owner_id, message_id)
-            assert record.conversation_id is not None
-            conversations.hold(session, owner_id, record.conversation_id)
-            session.expire(record)  # it may have been changed, or deleted, until it was held
-            yield message(session, owner_id, message_id)
-    except StaleDataError:  # as a record, which takes no hold of its conversation
-        raise message_not_found() from None
+    """A transaction in which a message is held, after its conversation. Raises NotFoundError."""
+    with transaction(session):
+        record = message(session, owner_id, message_id)
+        assert record.conversation_id is not None
+        conversations.hold(session, owner_id, record.conversation_id)
+        records.hold(session, [message_id])  # retention, say, holds no conversation
+        session.expire(record)  # it may have been changed, or deleted, until it was held
+        yield message(session, owner_id, message_id)
 
 
 def change_message(

@@ -290,6 +290,29 @@ def all_records(session: Session) -> Sequence[GenerationRecord]:
     return session.scalars(select(GenerationRecord).order_by(GenerationRecord.id)).all()
 
 
+@pytest.mark.parametrize("database_url", WAITING, indirect=True)
+def test_a_text_that_goes_while_it_is_corrected_is_what_the_correction_says(
+    database: Database,
+) -> None:
+    with database.sessions() as session, ThreadPoolExecutor() as threads:
+        message = insert(session, conversation_id=thread(session, NOW))
+
+        def correct() -> tuple[str, datetime | None]:
+            with database.sessions() as another:
+                request = MessageUpdate(response_content=" again")
+                changed = change_message(another, OWNER, message, request)
+                return changed.generated_text, changed.text_removed_at
+
+        with transaction(session):
+            removal.remove_texts(session, [message], NOW)
+            correcting = threads.submit(correct)
+            wait_until_waiting(database, correcting)
+        assert correcting.result() == (" again", None)
+        session.expire_all()
+        found = history.get(session, OWNER, message)
+        assert (found.generated_text, found.text_removed_at) == (" again", None)
+
+
 def test_one_of_many_does_it(database: Database, database_url: str) -> None:
     other = Database(database_url)
     with other.alone("retention") as alone:
