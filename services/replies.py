@@ -176,6 +176,7 @@ class Replies:
         now = datetime.now(UTC)
         try:
             with transaction(session):
+                conversations.hold(session, ask.owner_id, ask.conversation_id)
                 conversation = get(session, ask.owner_id, ask.conversation_id)
                 conversation.updated_at = now
                 return records.add(

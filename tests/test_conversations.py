@@ -21,6 +21,7 @@ from services import conversations as service
 from tests.service import in_process, ready, sessions_of
 from tests.sse import events, text_of
 from tests.test_history import NOON, OWNER, insert
+from tests.test_retention import WAITING, wait_until_waiting
 
 
 def new(client: TestClient, **fields: str) -> dict[str, Any]:
@@ -378,3 +379,17 @@ def test_messages_are_changed_and_deleted_while_their_conversation_is(service: T
             asked += [pool.submit(service.delete, path) for path in [*messages[6:], path]]
             found |= {one.result().status_code for one in asked}
     assert found <= {202, 204, 404}
+
+
+@pytest.mark.parametrize("service", WAITING, indirect=True)
+def test_an_exchange_that_comes_while_its_conversation_is_deleted_is_404(
+    service: TestClient,
+) -> None:
+    conversation = new(service, title="Short")
+    database: Database = service.app.state.database  # type: ignore[attr-defined]
+    with database.sessions() as session, ThreadPoolExecutor() as threads:
+        with transaction(session):
+            assert conversations.remove(session, OWNER, conversation["id"])
+            saying = threads.submit(say, service, conversation, "a", response_content="b")
+            wait_until_waiting(database, saying)
+        assert saying.result().status_code == 404
