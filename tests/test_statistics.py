@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from alembic import command
+from alembic.config import Config
 from fastapi.testclient import TestClient
 from sqlalchemy import delete, select, text
 from sqlalchemy import insert as insert_rows
@@ -29,6 +31,7 @@ from models import (
 from repositories import busiest, records, usage
 from services import conversations, history, statistics
 from services.statistics import UsageFolder
+from tests.service import ROOT
 from tests.test_history import NOON, OWNER, insert
 from tests.test_lists import analyze, is_served, plans
 from tests.test_retention import WAITING, wait_until_waiting
@@ -109,6 +112,26 @@ def test_sums_that_were_kept_with_more_bytes_are_added_to() -> None:
     kept.latencies = [8]
     values, counts = usage.unpacked(usage.packed(kept))
     assert dict(zip(values, counts, strict=True)) == {7: 4, 8: 1, 65_536: 2}
+
+
+def test_sums_that_go_down_are_as_an_earlier_version_reads_them(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with database.sessions() as session:
+        for name, milliseconds in (("a", 7), ("b", 65_536), ("c", None)):
+            insert(session, model_name=name, duration_ms=milliseconds)
+        UsageFolder(database).tick()
+        before = sorted(asked(session, by="model"), key=str)
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    config = Config(ROOT / "alembic.ini")
+    command.downgrade(config, "0011")
+    statement = text("SELECT name, latencies FROM usage_sums WHERE kind = 'hour' ORDER BY name")
+    with database.engine.connect() as connection:
+        kept = {name: bytes(latencies) for name, latencies in connection.execute(statement)}
+    assert kept == {"a": struct.pack("<2I", 7, 1), "b": struct.pack("<2I", 65_536, 1), "c": b""}
+    command.upgrade(config, "head")
+    with database.sessions() as session:
+        assert sorted(asked(session, by="model"), key=str) == before
 
 
 def test_what_is_deleted_stays_counted(session: Session, folder: UsageFolder) -> None:
