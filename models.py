@@ -119,8 +119,9 @@ class GenerationRecord(Base):
     pinned: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     text_removed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # by retention
 
+    # In one statement with the record: between two the text could move to another record.
     source: Mapped["GenerationRecord | None"] = relationship(
-        remote_side="GenerationRecord.id", lazy="selectin", join_depth=1
+        remote_side="GenerationRecord.id", lazy="joined", join_depth=1
     )
 
     __table_args__ = (

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Update, bindparam, select, update
 from sqlalchemy.orm import Session
-from sqlalchemy.orm.strategy_options import lazyload
 
 from lookup import Lookup
 from models import TERMINAL, FinishReason, GenerationRecord, Record, Status
@@ -20,13 +19,9 @@ WORDS_OF = tuple(signature(record_words).parameters)  # the columns
 CLOSED = {"lease_id": None, "flight_key": None, "cancel_requested": None}
 
 # Built once: most of a read's time would go into building it.
-ONE = (
-    select(GenerationRecord)
-    .where(
-        GenerationRecord.id == bindparam("record_id"),
-        GenerationRecord.owner_id == bindparam("owner_id"),
-    )
-    .options(lazyload(GenerationRecord.source))
+ONE = select(GenerationRecord).where(
+    GenerationRecord.id == bindparam("record_id"),
+    GenerationRecord.owner_id == bindparam("owner_id"),
 )
 Answered = TypeVar("Answered", bound=Record)
 TABLE = GenerationRecord.__table__
@@ -209,10 +204,7 @@ def wanted(session: Session, record_ids: Sequence[int]) -> set[tuple[int, int]]:
 
 
 def get(session: Session, owner_id: str, record_id: int) -> GenerationRecord | None:
-    record = session.scalar(ONE, {"record_id": record_id, "owner_id": owner_id})
-    if record is not None and record.source_id is not None:
-        session.refresh(record, ["source"])
-    return record
+    return session.scalar(ONE, {"record_id": record_id, "owner_id": owner_id})
 
 
 def hold(session: Session, record_ids: Collection[int]) -> None:

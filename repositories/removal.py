@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 
 from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
 
 from models import GenerationRecord
 from repositories import records, search, titles
@@ -83,7 +83,8 @@ def heirs_of(session: Session, leaving: Collection[int]) -> Sequence[GenerationR
     while True:
         ids = session.scalars(oldest).all()
         held = select(record).where(record.id.in_(ids), showing).order_by(record.id)
-        heirs = session.scalars(held.with_for_update()).all()
+        # PostgreSQL holds no row that an outer join may lack.
+        heirs = session.scalars(held.options(selectinload(record.source)).with_for_update()).all()
         if len(heirs) == len(ids):
             return heirs
 

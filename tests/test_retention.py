@@ -5,7 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -23,10 +23,11 @@ from models import (
     GenerationRecord,
     HistoryQuery,
     MessageUpdate,
+    Page,
     Record,
     Status,
 )
-from repositories import cached, conversations, records, removal, transfer
+from repositories import cached, conversations, keys, records, removal, transfer
 from services import history, retention
 from services.conversations import change_message
 from services.planning import turns_of
@@ -284,6 +285,33 @@ def test_an_answer_that_goes_while_its_source_does_inherits_nothing(
         session.expire_all()
         found = [(record.id, record.generated_text) for record in all_records(session)]
     assert found == [(leaves, "")] * (what == "text") + [(stays, "Es war upon a time")]
+
+
+READS: dict[str, Callable[[Session, int], Any]] = {
+    "alone": lambda session, _: history.get(session, OWNER, 2),
+    "by its key": lambda session, _: keys.find(session, OWNER, "key"),
+    "in its thread": lambda session, thread: conversations.messages(
+        session, OWNER, thread, Page(limit=1)
+    )[0][0],
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_an_answer_has_its_text_while_its_source_goes(database: Database, read: str) -> None:
+    with database.sessions() as session:
+        source, conversation = insert(session), thread(session, NOW)
+        answer = show(session, source)
+        with transaction(session):
+            record = session.get_one(GenerationRecord, answer)
+            record.conversation_id, record.idempotency_key = conversation, "key"
+
+    def remove_source(*_: Any) -> None:
+        with database.sessions() as another:
+            history.delete(another, OWNER, source)
+
+    with database.sessions() as session:
+        event.listen(database.engine, "after_cursor_execute", remove_source, once=True)
+        assert READS[read](session, conversation).generated_text == "Once upon a time"
 
 
 def all_records(session: Session) -> Sequence[GenerationRecord]:
