@@ -96,12 +96,12 @@ class LeaseKeeper:
             self.running[record_id] -= 1
             self.running += Counter()  # forget what is at zero
 
-    def lost(self, session: Session) -> set[int]:
+    def lost(self, session: Session, lease_id: int) -> set[int]:
         """Open records of this process that it does not run, this time and the last time.
 
         Such are left by a commit that took effect though it failed, or by a defect.
         """
-        opened = records.open_of(session, self.lease_id)
+        opened = records.open_of(session, lease_id)
         with self.running_lock:
             found = opened - self.running.keys()
         before, self.suspects = self.suspects, found
@@ -110,12 +110,17 @@ class LeaseKeeper:
     def beat(self) -> None:
         """A real write that harms nothing. Raises StorageUnavailableError."""
         with self.database.sessions() as session, transaction(session):
-            self.beat_in(session)
+            lease_id = self.beat_in(session)
+        self.lease_id = lease_id
 
-    def beat_in(self, session: Session) -> None:
-        """Show that this process lives; take a new lease where it has none."""
-        if not leases.beat(session, self.lease_id):
-            self.lease_id = leases.add(session, self.machine, self.process).id
+    def beat_in(self, session: Session) -> int:
+        """Show that this process lives; its lease, which is a new one where it had none.
+
+        That is its own once it is committed: SQLite gives an id that was taken back to the next.
+        """
+        if leases.beat(session, self.lease_id):
+            return self.lease_id
+        return leases.add(session, self.machine, self.process).id
 
     def tick(self) -> None:
         with self.database.sessions() as session:
@@ -128,19 +133,25 @@ class LeaseKeeper:
     def sweep(self) -> None:
         """Beat, and close the records of every lease that is found dead in the same transaction."""
         with self.database.sessions() as session, transaction(session):
-            self.beat_in(session)
-            others = leases.others(session, self.lease_id)
-            known = {lease.id for lease in others} | {self.lease_id}
-            dead = {lease.id for lease in others if self.is_dead(lease)}
-            dead |= records.open_leases(session) - known
-            lost = self.lost(session)
-            if not dead and not lost:
-                return
-            closed = records.interrupt(session, sorted(dead), sorted(lost))
-            leases.remove(session, dead)
+            lease_id = self.beat_in(session)
+            closed = self.close_others(session, lease_id)
+        self.lease_id = lease_id
         metrics.INTERRUPTED.inc(closed)
         if closed:
             event(log, logging.WARNING, "closed records of dead processes", records=closed)
+
+    def close_others(self, session: Session, lease_id: int) -> int:
+        """Close what nobody runs any more; how many records."""
+        others = leases.others(session, lease_id)
+        known = {lease.id for lease in others} | {lease_id}
+        dead = {lease.id for lease in others if self.is_dead(lease)}
+        dead |= records.open_leases(session) - known
+        lost = self.lost(session, lease_id)
+        if not dead and not lost:
+            return 0
+        closed = records.interrupt(session, sorted(dead), sorted(lost))
+        leases.remove(session, dead)
+        return closed
 
     def is_dead(self, lease: Lease) -> bool:
         if self.machine and lease.machine == self.machine:

@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session
 
 from database import Database, transaction
+from errors import StorageUnavailableError
 from models import GenerationRecord, Lease, Status
 from repositories import leases, records
 from services.endings import Ending
@@ -187,6 +188,28 @@ def test_clients_of_who_was_judged_dead_are_told_to_ask_again(
     stored = service.get(f"/history/{answer.json()['id']}").json()
     assert stored["status"] == ("in_progress" if begun_again else "incomplete")
     assert stored["generated_text"] == "Once"
+
+
+def test_a_lease_that_was_taken_back_is_not_used(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite gives its id to the next process."""
+    keeper, other = LeaseKeeper(database), LeaseKeeper(database)
+
+    def refuse(_: Session) -> set[int]:
+        raise StorageUnavailableError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "open_leases", refuse)
+        with pytest.raises(StorageUnavailableError):
+            keeper.sweep()
+    other.sweep()
+    with database.sessions() as session:
+        record = insert(session, status=Status.IN_PROGRESS, lease_id=other.lease_id)
+        for _ in range(2):
+            keeper.sweep()
+        assert session.get_one(GenerationRecord, record).status == Status.IN_PROGRESS
+    assert keeper.lease_id != other.lease_id
 
 
 def test_nothing_is_written_while_nothing_runs(database: Database) -> None:
