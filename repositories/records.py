@@ -295,7 +295,9 @@ def interrupt(session: Session, lease_ids: Sequence[int], record_ids: Sequence[i
         GenerationRecord.lease_id.in_(lease_ids) | GenerationRecord.id.in_(record_ids),
         GenerationRecord.status == Status.IN_PROGRESS,
     )
-    ids = list(session.scalars(select(GenerationRecord.id).where(*is_theirs).with_for_update()))
+    # In the order in which others hold them: one that was taken for dead may be ending some.
+    held = select(GenerationRecord.id).where(*is_theirs).order_by(GenerationRecord.id)
+    ids = list(session.scalars(held.with_for_update()))
     statement = (
         update(GenerationRecord)
         .where(GenerationRecord.id.in_(ids))

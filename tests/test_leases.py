@@ -6,7 +6,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,6 +24,7 @@ from services.finishing import Finisher
 from services.leases import SILENT_BEATS, LeaseKeeper, process_identity, this_machine
 from tests.service import ROOT, Server, in_process, ready, sessions_of
 from tests.test_history import insert
+from tests.test_retention import WAITING, wait_until_waiting
 
 HOLDER = textwrap.dedent(
     """
@@ -210,6 +213,25 @@ def test_a_lease_that_was_taken_back_is_not_used(
             keeper.sweep()
         assert session.get_one(GenerationRecord, record).status == Status.IN_PROGRESS
     assert keeper.lease_id != other.lease_id
+
+
+@pytest.mark.parametrize("database_url", WAITING, indirect=True)
+def test_who_closes_records_and_who_ends_them_wait_in_no_circle(database: Database) -> None:
+    def close() -> int:
+        with database.sessions() as another, transaction(another):
+            return records.interrupt(another, [4711])
+
+    with database.sessions() as session, ThreadPoolExecutor() as threads:
+        held: dict[str, Any] = {"status": Status.IN_PROGRESS, "lease_id": 4711}
+        first, second = (insert(session, **held) for _ in range(2))
+        with transaction(session):  # PostgreSQL moves it behind the other
+            session.get_one(GenerationRecord, first).user_id = "anna"
+        with transaction(session):
+            records.hold(session, [first])
+            closing = threads.submit(close)
+            wait_until_waiting(database, closing)
+            records.hold(session, [second])
+        assert closing.result() == 2
 
 
 def test_nothing_is_written_while_nothing_runs(database: Database) -> None:
