@@ -11,8 +11,12 @@ from repositories import removal, retention, titles
 
 @dataclass
 class Taken:
-    """What a batch took out, and by which keys the cache may have pointed at it."""
+    """What a batch took out, and by which keys the cache may have pointed at it.
 
+    It had ``seen`` so many records; some of them others may have deleted meanwhile.
+    """
+
+    seen: int
     records: int = 0
     conversations: int = 0
     cache_keys: list[str] = field(default_factory=list)
@@ -28,18 +32,17 @@ def take_out(session: Session, theirs: ColumnElement[bool], count: int) -> Taken
     more goes too, and one that a user began loses what its title was made of.
     """
     record = GenerationRecord
-    found = session.execute(
-        select(record.id, record.conversation_id, record.cache_key)
-        .where(theirs)
-        .order_by(record.id)
-        .limit(count)
-        .with_for_update()
-    ).all()
-    ids = [id for id, _, _ in found]
-    threads = {thread for _, thread, _ in found if thread is not None}
+    first = select(record.id, record.conversation_id).where(theirs).order_by(record.id)
+    seen = session.execute(first.limit(count)).all()
+    threads = {thread for _, thread in seen if thread is not None}
+    # Before their records, as by whoever changes a message: neither waits for the other then.
+    retention.hold_conversations(session, threads)
+    held = select(record.id, record.cache_key).where(record.id.in_([id for id, _ in seen]), theirs)
+    found = session.execute(held.order_by(record.id).with_for_update()).all()
+    ids = [id for id, _ in found]
     begun = begun_by(session, threads, ids)
-    taken = Taken(removal.remove_all(session, ids))
-    taken.cache_keys = [key for _, _, key in found if key is not None]
+    taken = Taken(len(seen), removal.remove_all(session, ids))
+    taken.cache_keys = [key for _, key in found if key is not None]
     taken.conversations = remove_empty(session, threads)
     retention.remove_titles(session, sorted(begun), Conversation.id.in_(begun))
     titles.remove_unclaimed(session, threads)

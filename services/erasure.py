@@ -80,7 +80,7 @@ def take_out(
         forget(taken.cache_keys)
         erased.records += taken.records
         erased.conversations += taken.conversations
-        if not taken.records:
+        if not taken.seen:
             break
 
 

@@ -4,23 +4,25 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from database import Database, transaction
 from models import Conversation, GenerationRecord, HistoryQuery, StatisticsQuery, Status
-from repositories import conversations
+from repositories import conversations, records, removal
 from services import erasure, history, statistics
 from services.erasure import Erased
 from tests.database_servers import Redis
 from tests.service import in_process, ready, sessions_of
 from tests.test_history import NOON, OWNER, insert
-from tests.test_retention import answer_often, updates
+from tests.test_retention import WAITING, answer_often, updates, wait_until_waiting
 from tests.test_transfer import show
 
 CANARY = "canary4711"
@@ -99,6 +101,25 @@ def test_a_text_that_was_answered_often_goes_once(database: Database) -> None:
 def files_with(folder: Path, word: str) -> list[str]:
     found = [path for path in sorted(folder.iterdir()) if path.is_file()]
     return [path.name for path in found if word.encode() in path.read_bytes().lower()]
+
+
+@pytest.mark.parametrize("database_url", WAITING, indirect=True)
+@pytest.mark.parametrize("removed", [True, False])
+def test_who_changes_a_message_of_an_erased_person_waits_in_no_circle(
+    database: Database, removed: bool
+) -> None:
+    with database.sessions() as session, ThreadPoolExecutor() as threads:
+        talk = thread(session, CANARY)
+        said = [insert(session, user_id="anna", conversation_id=talk) for _ in range(40)]
+        with transaction(session):
+            assert conversations.hold(session, OWNER, talk)
+            erasing = threads.submit(erasure.erase, database, OWNER, "anna")
+            wait_until_waiting(database, erasing)
+            records.hold(session, said)
+            if removed:  # all that the erasure has seen by now
+                removal.remove_all(session, said[:20])
+        assert erasing.result().records == len(said) - 20 * removed
+        assert kept(session) == kept(session, Conversation) == []
 
 
 def test_nothing_of_an_erased_person_is_left_in_the_files(tmp_path: Path) -> None:
