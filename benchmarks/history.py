@@ -25,7 +25,7 @@ from threading import Timer
 from typing import Any, Literal
 
 from sqlalchemy import select, text
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, lazyload
 
 from benchmarks.history_rows import COMMON, END, PHRASE, RARE, YEAR, fill
 from database import Database, transaction
@@ -119,8 +119,12 @@ def month_of(by: Literal["model", "user"] | None) -> Act:
 
 
 def with_offset(skip: int, limit: int, owner_id: str | None = None) -> Act:
-    """The book's way to a page, of the newest; an owner's, it is served by this service's index."""
-    statement = select(GenerationRecord).order_by(GenerationRecord.id.desc())
+    """The book's way to a page, of the newest; an owner's, it is served by this service's index.
+
+    It has no source of a text to join.
+    """
+    statement = select(GenerationRecord).options(lazyload(GenerationRecord.source))
+    statement = statement.order_by(GenerationRecord.id.desc())
     if owner_id is not None:
         statement = statement.where(GenerationRecord.owner_id == owner_id)
     statement = statement.offset(skip).limit(limit)
