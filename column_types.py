@@ -92,8 +92,8 @@ def whole(kept: Any) -> dict[str, Any]:
 class Hash(TypeDecorator[str]):
     """32 hexadecimal digits, kept as the 16 bytes that they are.
 
-    PostgreSQL's type of such is that of UUIDs: of bytes it would keep the length as well, and
-    start each index's next column at a multiple of eight.
+    PostgreSQL's type for so many is that of UUIDs: of bytes it would keep the length as well, and
+    what follows in an index begins at a multiple of eight.
     """
 
     impl = LargeBinary(16)
